@@ -1,0 +1,325 @@
+"""The configuration of a run: frozen dataclasses, presets, validation.
+
+Nothing here is derived: a value stands once. This module imports neither torch nor transformers,
+so that `--help` answers at once.
+"""
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+
+def _want(condition: bool, name: str, wanted: str, got: object) -> None:
+    if not condition:
+        raise ValueError(f"{name}: want {wanted}; got {got!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The policy to train."""
+
+    path: str
+    """Model folder, or a name on the Hugging Face hub."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute precision; weights and gradients stay float32. auto: bfloat16 on a GPU, float32 on a CPU."""
+    freeze_vision: bool = False
+    """Leave the vision tower as it is."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more work."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The records to train and evaluate on (docs/data/records.md)."""
+
+    path: str
+    """Folder that holds records.jsonl."""
+    train_split: str = "train"
+    """Split that is trained on."""
+    curve_split: str = "val"
+    """Split of the small evaluations while training."""
+    test_split: str = "test"
+    """Split of the evaluations before and after training."""
+    min_pixels: int = 56 * 56
+    """Smaller images are enlarged to this many pixels."""
+    max_pixels: int = 1280 * 28 * 28
+    """Larger images are reduced to this many pixels."""
+
+    def __post_init__(self) -> None:
+        _want(0 < self.min_pixels <= self.max_pixels, "data.min_pixels", "0 < min_pixels <= max_pixels", self.min_pixels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptConfig:
+    """How the model is asked."""
+
+    template: Literal["brief", "plain", "patient-side"] = "patient-side"
+    """Wording of the question; brief is for small models, plain is MedGround-R1's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """How completions are sampled."""
+
+    prompts_per_step: int = 32
+    """Prompts a step, over all ranks (B)."""
+    group_size: int = 8
+    """Completions sampled per prompt (G)."""
+    max_new_tokens: int = 512
+    """Longest completion, in tokens."""
+    temperature: float = 1.0
+    """Sampling temperature; the loss divides the logits by the same number."""
+
+    def __post_init__(self) -> None:
+        _want(self.prompts_per_step >= 1, "rollout.prompts_per_step", ">= 1", self.prompts_per_step)
+        _want(
+            self.group_size >= 2,
+            "rollout.group_size",
+            ">= 2 (advantages compare the completions of a group)",
+            self.group_size,
+        )
+        _want(self.max_new_tokens >= 1, "rollout.max_new_tokens", ">= 1", self.max_new_tokens)
+        positive = math.isfinite(self.temperature) and self.temperature > 0
+        _want(positive, "rollout.temperature", "a number > 0", self.temperature)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """What a completion earns: the weighted sum of its rewards."""
+
+    format_weight: float = 1.0
+    """Weight of the format reward (1 for a well-formed completion, else 0)."""
+    spatial_weight: float = 1.0
+    """Weight of the spatial reward."""
+    spatial: Literal["soft", "hard"] = "soft"
+    """soft: the IoU itself; hard: 1 where the IoU exceeds the threshold."""
+    threshold: float = 0.5
+    """IoU threshold of the hard reward."""
+
+    def __post_init__(self) -> None:
+        _want(self.format_weight >= 0, "reward.format_weight", ">= 0", self.format_weight)
+        _want(self.spatial_weight >= 0, "reward.spatial_weight", ">= 0", self.spatial_weight)
+        _want(self.format_weight + self.spatial_weight > 0, "reward.spatial_weight", "one weight > 0", 0.0)
+        _want(0 <= self.threshold < 1, "reward.threshold", "0 <= threshold < 1", self.threshold)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The GRPO objective."""
+
+    advantage: Literal["group", "none"] = "group"
+    """group: subtract the group's mean and divide by its spread; none: subtract the mean only."""
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "dapo"
+    """What the sum over tokens is divided by: kernels/grpo_loss.py has the formulas."""
+    epsilon_low: float = 0.2
+    """The ratio is clipped below at 1 - epsilon_low."""
+    epsilon_high: float = 0.2
+    """The ratio is clipped above at 1 + epsilon_high."""
+    beta: float = 0.04
+    """Weight of the KL divergence from the reference policy; 0 keeps no reference."""
+    kl: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of that divergence."""
+    inner_epochs: int = 1
+    """Optimizer steps on each batch of completions."""
+    micro_batch_groups: int = 4
+    """Groups per forward pass and rank; changes memory, not the result."""
+
+    def __post_init__(self) -> None:
+        _want(0 <= self.epsilon_low < 1, "loss.epsilon_low", "0 <= epsilon_low < 1", self.epsilon_low)
+        _want(self.epsilon_high >= 0, "loss.epsilon_high", ">= 0", self.epsilon_high)
+        _want(self.beta >= 0, "loss.beta", ">= 0", self.beta)
+        _want(self.inner_epochs >= 1, "loss.inner_epochs", ">= 1", self.inner_epochs)
+        _want(self.micro_batch_groups >= 1, "loss.micro_batch_groups", ">= 1", self.micro_batch_groups)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with a linear warm-up and a linear decay."""
+
+    lr: float = 1e-6
+    """Learning rate after the warm-up."""
+    final_lr_fraction: float = 0.0
+    """Learning rate at the last step, as a fraction of lr."""
+    warmup_steps: int = 10
+    """Steps over which the learning rate rises from 0."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.999
+    """Decay of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+
+    def __post_init__(self) -> None:
+        _want(self.lr > 0, "optimizer.lr", "> 0", self.lr)
+        fraction = self.final_lr_fraction
+        _want(0 <= fraction <= 1, "optimizer.final_lr_fraction", "0 <= fraction <= 1", fraction)
+        _want(self.warmup_steps >= 0, "optimizer.warmup_steps", ">= 0", self.warmup_steps)
+        _want(0 <= self.beta1 < 1, "optimizer.beta1", "0 <= beta1 < 1", self.beta1)
+        _want(0 <= self.beta2 < 1, "optimizer.beta2", "0 <= beta2 < 1", self.beta2)
+        _want(self.weight_decay >= 0, "optimizer.weight_decay", ">= 0", self.weight_decay)
+        _want(self.max_grad_norm > 0, "optimizer.max_grad_norm", "> 0", self.max_grad_norm)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the state is saved."""
+
+    every: int = 50
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 2
+    """Newest checkpoints that stay on disk."""
+
+    def __post_init__(self) -> None:
+        _want(self.every >= 1, "checkpoint.every", ">= 1", self.every)
+        _want(self.keep >= 1, "checkpoint.keep", ">= 1", self.keep)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Greedy evaluation on held-out records."""
+
+    every: int = 25
+    """Steps between the small evaluations on data.curve_split; 0 for none."""
+    curve_records: int = 64
+    """Records of a small evaluation, the first of the split."""
+    batch_size: int = 64
+    """Prompts decoded at once, per rank."""
+
+    def __post_init__(self) -> None:
+        _want(self.every >= 0, "evaluation.every", ">= 0", self.every)
+        _want(self.curve_records >= 1, "evaluation.curve_records", ">= 1", self.curve_records)
+        _want(self.batch_size >= 1, "evaluation.batch_size", ">= 1", self.batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Train a vision-language model by GRPO to draw the box that a medical phrase speaks of."""
+
+    out: str
+    """Folder of the run; must not hold another run."""
+    resume: bool = False
+    """Continue the run in `out` from its newest checkpoint, exactly."""
+    steps: int
+    """Optimizer schedule length: batches of prompts to train on."""
+    seed: int = 0
+    """Seed of the data order and of every sampled token."""
+    model: ModelConfig
+    data: DataConfig
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        _want(self.steps >= 1, "steps", ">= 1", self.steps)
+        _want(0 <= self.seed < 2**31, "seed", "0 <= seed < 2**31", self.seed)
+        _want(bool(self.out), "out", "a folder name", self.out)
+
+
+_DEMO = Config(
+    out="runs/demo/grpo",
+    steps=150,
+    model=ModelConfig(path="runs/demo/base"),
+    data=DataConfig(path="runs/demo/data"),
+    prompt=PromptConfig(template="brief"),
+    rollout=RolloutConfig(prompts_per_step=32, group_size=8, max_new_tokens=64),
+    reward=RewardConfig(format_weight=0.2, spatial_weight=1.0),
+    loss=LossConfig(loss_type="dr_grpo", beta=0.0, micro_batch_groups=8),
+    optimizer=OptimizerConfig(lr=7e-4, final_lr_fraction=0.3, beta2=0.98),
+    evaluation=EvaluationConfig(every=25, curve_records=128, batch_size=128),
+)
+
+
+def _qwen(size: str) -> Config:
+    return Config(
+        out=f"runs/qwen2.5-vl-{size}",
+        steps=1000,
+        model=ModelConfig(path=f"Qwen/Qwen2.5-VL-{size.upper()}-Instruct", gradient_checkpointing=True),
+        data=DataConfig(path="data/ms-cxr", max_pixels=644 * 644),
+    )
+
+
+PRESETS = {
+    "demo": ("Phantom films and the small base model; two CPU cores, about three minutes.", _DEMO),
+    "qwen2.5-vl-3b": ("Qwen2.5-VL-3B on a data folder of yours; one node of 80 GB GPUs.", _qwen("3b")),
+    "qwen2.5-vl-7b": ("Qwen2.5-VL-7B on a data folder of yours; one node of 80 GB GPUs.", _qwen("7b")),
+}
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write `config` as JSON, every value included, `resume` aside: it says how a run was started."""
+    values = dataclasses.asdict(config)
+    del values["resume"]
+    path.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def load_config(path: Path) -> Config:
+    """Read what `save_config` wrote.
+
+    Raises:
+        ValueError: the file is no JSON object, or a key is unknown, missing, or of the wrong type.
+    """
+    try:
+        values = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such configuration file") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    try:
+        return _build(Config, values, "")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def differing_fields(ours: Config, theirs: Config) -> list[str]:
+    """'field: ours, theirs' for every value that differs between two configurations, `resume` aside."""
+    a, b = _flat(dataclasses.asdict(ours)), _flat(dataclasses.asdict(theirs))
+    return [f"{name}: {a[name]!r} against {b[name]!r}" for name in a if a[name] != b[name] and name != "resume"]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out
+
+
+def _build(kind: Any, values: Any, where: str) -> Any:
+    if not isinstance(values, dict):
+        raise ValueError(f"{where or 'configuration'}: want an object; got {values!r}")
+    hints = typing.get_type_hints(kind)
+    for key in values:
+        if key not in hints:
+            raise ValueError(f"{where}{key}: unknown key; known are {', '.join(hints)}")
+    kept = {}
+    for known in dataclasses.fields(kind):
+        name = where + known.name
+        if known.name in values:
+            kept[known.name] = _value(hints[known.name], values[known.name], name)
+        elif known.default is dataclasses.MISSING and known.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{name}: missing")
+    return kind(**kept)
+
+
+def _value(hint: Any, value: Any, name: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, name + ".")
+    if typing.get_origin(hint) is Literal:
+        _want(value in typing.get_args(hint), name, f"one of {', '.join(typing.get_args(hint))}", value)
+        return value
+    if typing.get_origin(hint) is types.UnionType:
+        return value if value is None else _value(typing.get_args(hint)[0], value, name)
+    if hint is float and type(value) is int:
+        return float(value)
+    _want(type(value) is hint, name, hint.__name__, value)
+    return value

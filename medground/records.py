@@ -1,0 +1,80 @@
+"""What the stages hand each other: Example -> Prompt -> Rollout -> Group.
+
+Boxes are xyxy. *Original* boxes are in pixels of the image file, *processed* boxes in pixels of
+the resized image that the model sees (Qwen2.5-VL speaks these).
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One phrase on one image: a line of `records.jsonl` (docs/data/records.md).
+
+    `image` is relative to the data folder; `width` and `height` are pixels of that file; `boxes`
+    are original, empty when the phrase has no match on the image.
+    """
+
+    id: str
+    image: str
+    width: int
+    height: int
+    phrase: str
+    boxes: tuple[Box, ...]
+    category: str
+    patient: str
+    study: str
+    source: str
+    split: str
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the model is asked about one example, ready for the network (all tensors on the CPU).
+
+    Attributes:
+        example: where it comes from.
+        input_ids: [P], int64, image placeholders included.
+        position_ids: [3, P], int64, the M-RoPE positions (time, height, width).
+        pixel_values: [patches, patch_features], float32.
+        image_grid_thw: [1, 3], int64, patches along time, height and width.
+        processed_width: width of the image the model sees, in pixels.
+        processed_height: its height.
+    """
+
+    example: Example
+    input_ids: Tensor
+    position_ids: Tensor
+    pixel_values: Tensor
+    image_grid_thw: Tensor
+    processed_width: int
+    processed_height: int
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled completion (tensors on the CPU).
+
+    Attributes:
+        tokens: [C], int64, the stop token included when there is one.
+        logp: [C], float32, log-probability of each token under the policy that sampled it.
+        text: the completion without special tokens.
+        finished: False when it was cut at the token limit.
+    """
+
+    tokens: Tensor
+    logp: Tensor
+    text: str
+    finished: bool
+
+
+@dataclass(frozen=True)
+class Group:
+    """A prompt and its G completions."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
