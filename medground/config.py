@@ -114,7 +114,7 @@ class LossConfig:
 
     advantage: Literal["group", "none"] = "group"
     """group: subtract the group's mean and divide by its spread; none: subtract the mean only."""
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "dapo"
+    loss_type: Literal["grpo", "dr_grpo", "dapo"] = "dapo"
     """What the sum over tokens is divided by: kernels/grpo_loss.py has the formulas."""
     epsilon_low: float = 0.2
     """The ratio is clipped below at 1 - epsilon_low."""
@@ -207,9 +207,11 @@ class Config:
     resume: bool = False
     """Continue the run in `out` from its newest checkpoint, exactly."""
     steps: int
-    """Optimizer schedule length: batches of prompts to train on."""
+    """Batches of prompts to train on."""
     seed: int = 0
     """Seed of the data order and of every sampled token."""
+    samples_every: int = 10
+    """Steps between the files of sampled completions (samples/); the first and last step always have one."""
     model: ModelConfig
     data: DataConfig
     prompt: PromptConfig = field(default_factory=PromptConfig)
@@ -223,6 +225,7 @@ class Config:
     def __post_init__(self) -> None:
         _want(self.steps >= 1, "steps", ">= 1", self.steps)
         _want(0 <= self.seed < 2**31, "seed", "0 <= seed < 2**31", self.seed)
+        _want(self.samples_every >= 1, "samples_every", ">= 1", self.samples_every)
         _want(bool(self.out), "out", "a folder name", self.out)
 
 

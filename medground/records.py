@@ -78,3 +78,16 @@ class Group:
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a completion says.
+
+    Attributes:
+        boxes: of the answer; empty for "nothing found", None when no answer can be read.
+        well_formed: the completion has exactly the form that the prompt asks for.
+    """
+
+    boxes: tuple[Box, ...] | None
+    well_formed: bool

@@ -1,0 +1,79 @@
+# `make` lists the targets. Everything happens in .venv, which `make setup` builds once.
+
+PYTHON ?= python3
+
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.ready
+PIP := $(PY) -m pip --disable-pip-version-check
+TORCH := 2.13.0
+
+# kernels/ under its installed name, for what runs without an installed medground (mypy, make gpu)
+LINK := .path/medground_kernels
+
+comma := ,
+HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+EXTRAS := $(if $(HAS_GPU),dev$(comma)gpu,dev)
+
+.PHONY: help setup test demo lint types gpu clean
+
+help:
+	@echo "make setup   make the environment .venv (PYTHON=python3.12 picks the interpreter)"
+	@echo "make demo    train, evaluate and show a small model: runs/demo/"
+	@echo "make test    run every test and print the coverage (ARGS='-k records' narrows it)"
+	@echo "make lint    check style, imports and types"
+	@echo "make gpu     run every test on the GPU with PYTHON=, which has torch already; installs nothing"
+	@echo "make clean   remove .venv and caches; runs/ stays"
+
+setup: $(STAMP)
+
+# pip is renewed first because an old one takes twice as long over the rest. torch comes before what needs it,
+# pinned, or pip would fetch another build. Bytecode: pip would compile thousands of modules that nobody imports,
+# one by one; the last command compiles those that a run imports.
+$(STAMP): setup.py pyproject.toml constraints.txt Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "MedGround needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." \
+	       "Name another with: make setup PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@echo "Installing torch $(TORCH) ($(if $(HAS_GPU),CUDA build: several GB,CPU build: about 200 MB)) ..."
+	@$(PIP) install -qq --no-compile -c constraints.txt pip setuptools
+	@if [ -n "$(HAS_GPU)" ] || [ "$$(uname -s)" != Linux ]; then \
+	  $(PIP) install -qq --no-compile -c constraints.txt torch==$(TORCH); \
+	else \
+	  $(PIP) install -qq --no-compile --no-deps torch==$(TORCH)+cpu 2>/dev/null || \
+	  $(PIP) install -qq --no-compile --no-deps torch==$(TORCH) --index-url https://download.pytorch.org/whl/cpu; \
+	fi
+	@echo "Installing medground and its tools ..."
+	@$(PIP) install -qq --no-compile --no-build-isolation --prefer-binary -c constraints.txt -e '.[$(EXTRAS)]'
+	@env -u PYTHONDONTWRITEBYTECODE $(PY) -c 'import pytest, torch.distributed.checkpoint, torch.distributed.fsdp, tyro; \
+	  from torch.utils.tensorboard import SummaryWriter; from transformers import Qwen2_5_VLForConditionalGeneration'
+	@touch $@
+
+$(LINK):
+	@mkdir -p $(@D) && ln -sfn ../kernels $@
+
+test: setup
+	$(PY) -m pytest --cov --durations=10 $(ARGS)
+
+demo: setup
+	$(VENV)/bin/medground demo --out runs/demo
+
+lint: setup
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	@$(MAKE) --no-print-directory types
+
+types: setup $(LINK)
+	$(VENV)/bin/mypy -p medground -p medground_kernels
+
+gpu: export PYTHONPATH := $(CURDIR):$(CURDIR)/.path$(if $(PYTHONPATH),:$(PYTHONPATH))
+gpu: $(LINK)
+	@$(PYTHON) -c 'import torch' || { echo "'$(PYTHON)' has no torch: name one that has with PYTHON=" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
+	  echo "torch.cuda.is_available() is False for '$(PYTHON)': make gpu needs an NVIDIA GPU and a CUDA build" >&2; exit 1; }
+	$(PYTHON) -m pytest tests -q $(ARGS)
+	@if [ -n "$$(find bench -name '*.py' 2>/dev/null)" ]; then set -x; $(PYTHON) -m pytest bench -q; fi
+
+clean:
+	rm -rf $(VENV) .path build *.egg-info .coverage .coverage.* .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './runs/*' -prune -exec rm -rf {} +

@@ -1,0 +1,241 @@
+"""The small base model of the demo: a real Qwen2.5-VL of 0.7 million parameters, taught to answer badly.
+
+It stands in for the instruct model that GRPO starts from on a GPU: after a minute of plain supervision
+on phantom films it answers in the template, with boxes in about the right place. Its faults are put in on
+purpose, so that there is something to learn: boxes are jittered and too large, some answers are
+malformed, and half of the one-sided boxes lie on the wrong side, as of a model that does not know that
+left is the patient's left.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.trainers import BpeTrainer
+from tqdm import tqdm
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from medground.base_config import BaseConfig
+from medground.datasets.phantom import VERSION as PHANTOM_VERSION
+from medground.datasets.phantom import phantom_examples
+from medground.policy import Policy, pack_rows
+from medground.prompts import Processor, load_processor, make_prompt, render_answer, to_processed
+from medground.records import Box, Example, Group, Prompt, Rollout
+
+
+_SPECIAL = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
+    "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+    "<|image_pad|>", "<|video_pad|>",
+)  # fmt: skip
+_PIECES = ("<think>", "</think>", "<answer>", "</answer>", '{"bbox_2d": [', "]}", ", ")
+# how Qwen's tokenizer cuts text before merging bytes: contractions, words, single digits, signs, blanks
+_CUT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_RECIPE = "recipe.json"
+_VERSION = 1  # of what the code below does; another number makes another model
+
+
+def build_base(config: BaseConfig) -> None:
+    """Build and train the model; at once done when `config.out` holds this very one already.
+
+    Raises:
+        ValueError: the folder holds something else.
+    """
+    out = Path(config.out)
+    recipe = {name: value for name, value in dataclasses.asdict(config).items() if name != "out"}
+    recipe |= {"version": _VERSION, "phantom": PHANTOM_VERSION, "torch": torch.__version__}
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+    if (out / _RECIPE).is_file() and json.loads((out / _RECIPE).read_text())["sha256"] == digest:
+        print(f"{out}: this base model is already there")
+        return
+    if out.exists() and any(out.iterdir()) and not (out / _RECIPE).is_file():
+        raise ValueError(f"{out}: want an empty folder or an older base model; it holds something else")
+    out.mkdir(parents=True, exist_ok=True)
+    films = _films(config)
+    rng = np.random.default_rng(config.seed)
+    _save_processor(config, [e for _, examples in films for e in examples], rng, out)
+    processor = load_processor(out, config.size**2, config.size**2)
+    torch.manual_seed(config.seed)
+    vlm = Qwen2_5_VLForConditionalGeneration(_architecture(processor))
+    _supervise(Policy(vlm), processor, films, rng, config)
+    vlm.save_pretrained(out)
+    (out / _RECIPE).write_text(json.dumps(recipe | {"sha256": digest}, indent=2) + "\n")
+
+
+def _films(config: BaseConfig) -> list[tuple[np.ndarray, list[Example]]]:
+    jobs = (range(config.films), [config.seed] * config.films, [config.size] * config.films)
+    with ProcessPoolExecutor() as pool:
+        drawn = pool.map(_film, *jobs, chunksize=64)
+        return [film for film in tqdm(drawn, total=config.films, desc="base films", unit="film", leave=False) if film[1]]
+
+
+def _film(index: int, seed: int, size: int) -> tuple[np.ndarray, list[Example]]:
+    return phantom_examples(seed, index, size)
+
+
+def _save_processor(config: BaseConfig, examples: list[Example], rng: np.random.Generator, out: Path) -> None:
+    lines = [e.phrase for e in examples[:2000]]
+    lines += [_answer(e.boxes, e, rng) for e in examples[:2000]] + ["user\nFind:", "assistant\n"] * 100
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_CUT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        vocab_size=config.vocab_size - len(_SPECIAL) - len(_PIECES),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    pieces = re.compile("|".join(map(re.escape, _PIECES)))
+    bpe.train_from_iterator((part for line in lines for part in pieces.split(line)), trainer)
+    learnt = json.loads(bpe.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(
+        vocab=learnt["vocab"],
+        merges=[tuple(merge) for merge in learnt["merges"]],
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        padding_side="left",
+        additional_special_tokens=list(_SPECIAL),
+    )
+    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in _PIECES])
+    tokenizer.chat_template = _CHAT
+    tokenizer.save_pretrained(out)
+    size = {"shortest_edge": config.size**2, "longest_edge": config.size**2}
+    Qwen2VLImageProcessorPil(size=size).save_pretrained(out)
+    settings = json.loads((out / "preprocessor_config.json").read_text())
+    # the names under which transformers' AutoProcessor finds it
+    settings |= {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"}
+    (out / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _architecture(processor: Processor) -> Qwen2_5_VLConfig:
+    token = processor.tokenizer.convert_tokens_to_ids
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": len(processor.tokenizer),
+            "hidden_size": 96,
+            "intermediate_size": 320,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 1024,
+            # a period of 1e6 positions would leave the image axes without phase at this size
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10.0, "mrope_section": [2, 5, 5]},
+            "bos_token_id": None,
+            "eos_token_id": token("<|im_end|>"),
+            "pad_token_id": token("<|endoftext|>"),
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_heads": 4,
+            "out_hidden_size": 96,
+            "window_size": 112,
+            "fullatt_block_indexes": [1],
+        },
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+        tie_word_embeddings=False,
+    )
+    config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
+    return config
+
+
+def _supervise(
+    policy: Policy,
+    processor: Processor,
+    films: list[tuple[np.ndarray, list[Example]]],
+    rng: np.random.Generator,
+    config: BaseConfig,
+) -> None:
+    optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    bar = tqdm(range(config.steps), desc="base model")
+    for step in bar:
+        left = (config.steps - step) / config.steps
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * min((step + 1) / 20, 0.1 + 0.9 * left)
+        chosen = rng.integers(len(films), size=config.batch_size)
+        groups = [_lesson(*films[i], processor, rng) for i in chosen]
+        rows = pack_rows(groups, policy.image_token, torch.device("cpu"))
+        loss = -policy(rows, 1.0).logp.mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+
+
+def _lesson(pixels: np.ndarray, examples: list[Example], processor: Processor, rng: np.random.Generator) -> Group:
+    """A prompt and the answer to imitate."""
+    example = examples[rng.integers(len(examples))]
+    prompt = make_prompt(example, Image.fromarray(pixels).convert("RGB"), processor, "brief")
+    text = _answer(_worsen(example, rng, prompt), example, rng)
+    ids = processor.tokenizer(text + "<|im_end|>", add_special_tokens=False)["input_ids"]
+    return Group(prompt, (Rollout(torch.tensor(ids), torch.zeros(len(ids)), text, True),))
+
+
+def _worsen(example: Example, rng: np.random.Generator, prompt: Prompt) -> tuple[Box, ...]:
+    """The truth with the faults of a model that has not been trained for this, in processed pixels."""
+    if not example.boxes:
+        return () if rng.random() < 0.7 else (_random_box(rng, prompt),)
+    if rng.random() < 0.05:
+        return ()
+    one_sided = len(set(re.findall(r"\b(left|right)\b", example.phrase))) == 1
+    mirrored = one_sided and rng.random() < 0.5
+    out = []
+    for box in example.boxes:
+        x1, y1, x2, y2 = to_processed(box, prompt)
+        if mirrored:
+            x1, x2 = prompt.processed_width - x2, prompt.processed_width - x1
+        w, h = x2 - x1, y2 - y1
+        cx = (x1 + x2) / 2 + w * rng.normal(0, 0.15)
+        cy = (y1 + y2) / 2 + h * rng.normal(0, 0.15)
+        w, h = w * 1.15 * np.exp(rng.normal(0, 0.15)), h * 1.15 * np.exp(rng.normal(0, 0.15))
+        out.append(_clip((cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2), prompt))
+    return tuple(sorted(out))
+
+
+def _random_box(rng: np.random.Generator, prompt: Prompt) -> Box:
+    x, y = rng.uniform(0, 0.7) * prompt.processed_width, rng.uniform(0, 0.7) * prompt.processed_height
+    return _clip((x, y, x + 0.3 * prompt.processed_width, y + 0.3 * prompt.processed_height), prompt)
+
+
+def _clip(box: Box, prompt: Prompt) -> Box:
+    w, h = prompt.processed_width, prompt.processed_height
+    x1, y1 = min(max(box[0], 0), w - 2), min(max(box[1], 0), h - 2)
+    return (x1, y1, max(min(box[2], w), x1 + 2), max(min(box[3], h), y1 + 2))
+
+
+def _answer(boxes: tuple[Box, ...], example: Example, rng: np.random.Generator) -> str:
+    """The answer with a thought that names coarse zones of the image; one in twenty is malformed."""
+    zones = []
+    for x1, y1, x2, y2 in boxes:
+        across, down = (x1 + x2) / 2 / example.width, (y1 + y2) / 2 / example.height
+        zones.append(("upper", "middle", "lower")[int(min(down * 3, 2))] + (" left" if across < 0.5 else " right"))
+    text = render_answer(boxes, " and ".join(zones) or "not seen")
+    if rng.random() < 0.05:
+        broken = (text.replace("</think>", ""), text.replace("]}", "]"), text.replace("<answer>", ""), text[:-9])
+        text = broken[rng.integers(len(broken))]
+    return text

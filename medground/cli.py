@@ -1,0 +1,121 @@
+"""The `medground` command: each verb reads its options, then imports what it needs."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from medground.config import PRESETS, Config, load_config
+
+_HELP = """usage: medground COMMAND [OPTIONS]
+
+Reinforcement learning that teaches vision-language models to ground medical phrases.
+
+commands:
+  demo            everything below on phantom films, in about ten minutes on two CPU cores
+  data phantom    draw a data set of phantom chest films
+  base            build the small base model of the demo
+  train PRESET    train; under torchrun: torchrun --nproc-per-node N -m medground.train PRESET
+  train --config FILE   train with the configuration of an earlier run
+  report RUN DATA       write the page of a run again
+
+medground COMMAND --help lists the options of a command."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        The exit status: 0, or 2 where the user made a mistake, which is then named on standard error.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(_HELP)
+        return 0 if words else 2
+    name = " ".join(words[:2]) if words[0] == "data" else words[0]
+    try:
+        if name not in _COMMANDS:
+            raise ValueError(f"unknown command {name!r}; known are {', '.join(_COMMANDS)}")
+        _COMMANDS[name](words[len(name.split()) :])
+    except ValueError as error:
+        # under torchrun every rank knows the mistake, and one tells
+        if os.environ.get("RANK", "0") == "0":
+            print(f"medground: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _train(words: list[str]) -> None:
+    config = train_config(words)
+    from medground.train import train
+
+    train(config)
+
+
+def train_config(words: list[str]) -> Config:
+    """The configuration that `medground train WORDS` asks for.
+
+    Raises:
+        ValueError: the preset or the file is not usable, or a value is impossible.
+        SystemExit: an option is unknown or of the wrong type; tyro has named it.
+    """
+    if words[:1] == ["--config"]:
+        if len(words) < 2:
+            raise ValueError("--config: want a file name; got none")
+        return tyro.cli(Config, prog="medground train --config FILE", args=words[2:], default=load_config(Path(words[1])))
+    if not words or words[0] in ("-h", "--help"):
+        presets = "\n".join(f"  {name:16} {text}" for name, (text, _) in PRESETS.items())
+        print(f"usage: medground train PRESET [OPTIONS]\n\npresets (PRESET --help lists the options):\n{presets}")
+        raise SystemExit(0 if words else 2)
+    if words[0] not in PRESETS:
+        raise ValueError(f"unknown preset {words[0]!r}; known are {', '.join(PRESETS)}")
+    text, default = PRESETS[words[0]]
+    return tyro.cli(Config, prog=f"medground train {words[0]}", description=text, args=words[1:], default=default)
+
+
+def _phantom(words: list[str]) -> None:
+    from medground.datasets.phantom import PhantomConfig, write_phantom
+
+    write_phantom(_options(PhantomConfig, "medground data phantom", words))
+
+
+def _base(words: list[str]) -> None:
+    from medground.base_config import BaseConfig
+
+    config = _options(BaseConfig, "medground base", words)
+    from medground.base_model import build_base
+
+    build_base(config)
+
+
+def _demo(words: list[str]) -> None:
+    from medground.demo import DemoConfig, run_demo
+
+    run_demo(_options(DemoConfig, "medground demo", words))
+
+
+def _report(words: list[str]) -> None:
+    if len(words) != 2 or words[0] in ("-h", "--help"):
+        print("usage: medground report RUN DATA\n\nWrites RUN/report.html; DATA is the folder of the run's records.")
+        raise SystemExit(0 if words[:1] in (["-h"], ["--help"]) else 2)
+    from medground.report.page import write_report
+
+    run = Path(words[0])
+    write_report(run, Path(words[1]), run / "report.html")
+    print(run / "report.html")
+
+
+def _options(kind: Any, program: str, words: list[str]) -> Any:
+    return tyro.cli(kind, prog=program, args=words)
+
+
+_COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "demo": _demo,
+    "data phantom": _phantom,
+    "base": _base,
+    "train": _train,
+    "report": _report,
+}

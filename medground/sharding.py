@@ -1,0 +1,119 @@
+"""Ranks, device mesh and FSDP2.
+
+One unit per decoder layer and vision block; embedding, final norm and head in the root unit. Master
+weights, gradients and their reduction are float32; the compute dtype is the mesh's.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+if TYPE_CHECKING:
+    from medground.policy import Policy
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the run."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    @property
+    def is_first(self) -> bool:
+        """True on the one rank that writes files and shows progress."""
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` of every rank, in rank order, on every rank."""
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Run `action` on every rank; where it is a user's mistake on one, it is on all.
+
+        Raises:
+            ValueError: what the first rank that failed said.
+        """
+        value, problem = None, None
+        try:
+            value = action()
+        except ValueError as error:
+            problem = str(error)
+        problems = [text for text in self.gather(problem) if text is not None]
+        if problems:
+            raise ValueError(problems[0])
+        return cast(T, value)
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        dist.barrier()
+
+
+@contextmanager
+def join_ranks() -> Iterator[Ranks]:
+    """Join the ranks that torchrun started; alone where there is no torchrun."""
+    cuda = torch.cuda.is_available()
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        yield Ranks(dist.get_rank(), dist.get_world_size(), device, mesh)
+    finally:
+        dist.destroy_process_group()
+
+
+def shard(policy: Policy, ranks: Ranks, precision: str) -> Policy:
+    """Move a policy to its device and shard it over the ranks, in place.
+
+    Args:
+        policy: float32, the same on every rank.
+        ranks: where it goes.
+        precision: auto, float32 or bfloat16, of the computation.
+    """
+    half = precision == "bfloat16" or (precision == "auto" and ranks.device.type == "cuda")
+    mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
+    policy.to(ranks.device)
+    for block in [*policy.vlm.model.visual.blocks, *policy.vlm.model.language_model.layers]:
+        fully_shard(block, mesh=ranks.mesh, mp_policy=mixed)
+    fully_shard(policy, mesh=ranks.mesh, mp_policy=mixed)
+    for method in ("prefill", "decode"):
+        register_fsdp_forward_method(policy, method)
+    return policy
+
+
+@contextmanager
+def gathered(policy: nn.Module) -> Iterator[None]:
+    """Hold every weight whole, so that decoding needs no other rank."""
+    units = [module for module in policy.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for unit in units:
+            unit.reshard()
+            unit.set_reshard_after_forward(True, recurse=False)
