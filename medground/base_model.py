@@ -10,9 +10,11 @@ left is the patient's left.
 import dataclasses
 import hashlib
 import json
+import multiprocessing
 import re
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -67,31 +69,66 @@ def build_base(config: BaseConfig) -> None:
     if out.exists() and any(out.iterdir()) and not (out / _RECIPE).is_file():
         raise ValueError(f"{out}: want an empty folder or an older base model; it holds something else")
     out.mkdir(parents=True, exist_ok=True)
-    films = _films(config)
     rng = np.random.default_rng(config.seed)
-    _save_processor(config, [e for _, examples in films for e in examples], rng, out)
+    _save_processor(config, rng, out)
+    lessons = _lessons(config, out)
     processor = load_processor(out, config.size**2, config.size**2)
     torch.manual_seed(config.seed)
     vlm = Qwen2_5_VLForConditionalGeneration(_architecture(processor))
-    _supervise(Policy(vlm), processor, films, rng, config)
+    _supervise(Policy(vlm), processor, lessons, rng, config)
     vlm.save_pretrained(out)
     (out / _RECIPE).write_text(json.dumps(recipe | {"sha256": digest}, indent=2) + "\n")
 
 
-def _films(config: BaseConfig) -> list[tuple[np.ndarray, list[Example]]]:
-    jobs = (range(config.films), [config.seed] * config.films, [config.size] * config.films)
-    with ProcessPoolExecutor() as pool:
-        drawn = pool.map(_film, *jobs, chunksize=64)
-        return [film for film in tqdm(drawn, total=config.films, desc="base films", unit="film", leave=False) if film[1]]
+class _Lesson(NamedTuple):
+    """A prompt in numpy, which processes hand over by copying; pixels in half precision (8-bit films lose nothing)."""
+
+    example: Example
+    arrays: dict[str, np.ndarray]
+    processed_width: int
+    processed_height: int
+
+    def prompt(self) -> Prompt:
+        tensors = {name: torch.from_numpy(array) for name, array in self.arrays.items()}
+        tensors["pixel_values"] = tensors["pixel_values"].float()
+        return Prompt(self.example, **tensors, processed_width=self.processed_width, processed_height=self.processed_height)
 
 
-def _film(index: int, seed: int, size: int) -> tuple[np.ndarray, list[Example]]:
-    return phantom_examples(seed, index, size)
+def _lessons(config: BaseConfig, folder: Path) -> list[_Lesson]:
+    # spawned, since forking a process in which tokenizers or torch have started threads can hang
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(mp_context=context, initializer=_start_worker, initargs=(config, folder)) as pool:
+        drawn = pool.map(_draw, range(config.films), chunksize=64)
+        rows = tqdm(drawn, total=config.films, desc="base films", unit="film", leave=False)
+        return [lesson for film in rows for lesson in film]
 
 
-def _save_processor(config: BaseConfig, examples: list[Example], rng: np.random.Generator, out: Path) -> None:
-    lines = [e.phrase for e in examples[:2000]]
-    lines += [_answer(e.boxes, e, rng) for e in examples[:2000]] + ["user\nFind:", "assistant\n"] * 100
+def _start_worker(config: BaseConfig, folder: Path) -> None:
+    global _worker
+    torch.set_num_threads(1)
+    _worker = config, load_processor(folder, config.size**2, config.size**2)
+
+
+def _draw(index: int) -> list[_Lesson]:
+    config, processor = _worker
+    pixels, examples = phantom_examples(config.seed, index, config.size)
+    image = Image.fromarray(pixels).convert("RGB")
+    lessons = []
+    shared = None  # the phrases of a film share its pixels
+    for example in examples:
+        prompt = make_prompt(example, image, processor, "brief")
+        shared = prompt.pixel_values.half().numpy() if shared is None else shared
+        arrays = {name: getattr(prompt, name).numpy() for name in ("input_ids", "position_ids", "image_grid_thw")}
+        arrays["pixel_values"] = shared
+        lessons.append(_Lesson(example, arrays, prompt.processed_width, prompt.processed_height))
+    return lessons
+
+
+def _save_processor(config: BaseConfig, rng: np.random.Generator, out: Path) -> None:
+    films = range(min(config.films, 400))  # say every word often enough
+    examples = [e for index in films for e in phantom_examples(config.seed, index, config.size)[1]]
+    lines = [e.phrase for e in examples] + [_answer(e.boxes, e, rng) for e in examples]
+    lines += ["user\nFind:", "assistant\n"] * 100
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -166,7 +203,7 @@ def _architecture(processor: Processor) -> Qwen2_5_VLConfig:
 def _supervise(
     policy: Policy,
     processor: Processor,
-    films: list[tuple[np.ndarray, list[Example]]],
+    lessons: list[_Lesson],
     rng: np.random.Generator,
     config: BaseConfig,
 ) -> None:
@@ -176,8 +213,8 @@ def _supervise(
         left = (config.steps - step) / config.steps
         for group in optimizer.param_groups:
             group["lr"] = config.lr * min((step + 1) / 20, 0.1 + 0.9 * left)
-        chosen = rng.integers(len(films), size=config.batch_size)
-        groups = [_lesson(*films[i], processor, rng) for i in chosen]
+        chosen = rng.integers(len(lessons), size=config.batch_size)
+        groups = [_answered(lessons[i], processor, rng) for i in chosen]
         rows = pack_rows(groups, policy.image_token, torch.device("cpu"))
         loss = -policy(rows, 1.0).logp.mean()
         loss.backward()
@@ -187,17 +224,17 @@ def _supervise(
         bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
 
 
-def _lesson(pixels: np.ndarray, examples: list[Example], processor: Processor, rng: np.random.Generator) -> Group:
-    """A prompt and the answer to imitate."""
-    example = examples[rng.integers(len(examples))]
-    prompt = make_prompt(example, Image.fromarray(pixels).convert("RGB"), processor, "brief")
-    text = _answer(_worsen(example, rng, prompt), example, rng)
+def _answered(lesson: _Lesson, processor: Processor, rng: np.random.Generator) -> Group:
+    """A lesson with the answer to imitate."""
+    prompt = lesson.prompt()
+    text = _answer(_worsen(prompt, rng), prompt.example, rng)
     ids = processor.tokenizer(text + "<|im_end|>", add_special_tokens=False)["input_ids"]
     return Group(prompt, (Rollout(torch.tensor(ids), torch.zeros(len(ids)), text, True),))
 
 
-def _worsen(example: Example, rng: np.random.Generator, prompt: Prompt) -> tuple[Box, ...]:
+def _worsen(prompt: Prompt, rng: np.random.Generator) -> tuple[Box, ...]:
     """The truth with the faults of a model that has not been trained for this, in processed pixels."""
+    example = prompt.example
     if not example.boxes:
         return () if rng.random() < 0.7 else (_random_box(rng, prompt),)
     if rng.random() < 0.05:

@@ -47,11 +47,11 @@ def box_array(boxes: Iterable[Box]) -> Floats:
 def box_ious(a: Floats, b: Floats) -> Floats:
     """[..., 4] against [..., 4], broadcast, to [...]; 0 where a box is inverted, without area or not finite."""
     with np.errstate(all="ignore"):
-        valid = [np.isfinite(box).all(-1) & (box[..., :2] < box[..., 2:]).all(-1) for box in (a, b)]
+        valid = [(box[..., :2] < box[..., 2:]).all(-1) for box in (a, b)]
         shared = np.clip(np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2]), 0, None).prod(-1)
         union = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - shared
         iou = shared / union
-    # areas beyond float64 end as nan
+    # a comparison with nan is false; areas that are infinite or beyond float64 give 0 or nan
     return np.where(valid[0] & valid[1] & np.isfinite(iou), iou, 0.0)
 
 

@@ -1,10 +1,61 @@
-"""Set before anything imports Triton or transformers; inherited by the processes that tests start."""
+"""What every test needs: switches that must be set before torch and Triton load, and a tiny job."""
 
 import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 60 phantom films of 56 pixels."""
+    from medground.datasets.phantom import PhantomConfig, write_phantom
+
+    folder = tmp_path_factory.mktemp("phantoms")
+    write_phantom(PhantomConfig(out=str(folder), count=60, val=8, test=16, size=56), workers=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model after a few steps: it answers, though badly."""
+    from medground.base_config import BaseConfig
+    from medground.base_model import build_base
+
+    folder = tmp_path_factory.mktemp("base")
+    build_base(BaseConfig(out=str(folder), films=60, size=56, steps=40, batch_size=16, lr=5e-3))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_job(phantoms: Path, base_folder: Path):
+    """tiny_job(out, **{"section.key": value}): the configuration of a run of seconds."""
+    from medground.cli import train_config
+
+    def job(out: Path, **changes: object):
+        values = {
+            "out": out,
+            "steps": 5,
+            "model.path": base_folder,
+            "data.path": phantoms,
+            "rollout.prompts-per-step": 4,
+            "rollout.group-size": 4,
+            "rollout.max-new-tokens": 24,
+            "loss.micro-batch-groups": 1,
+            "evaluation.every": 0,
+            "evaluation.curve-records": 4,
+            "optimizer.lr": 1e-3,
+            "optimizer.warmup-steps": 2,
+            "samples-every": 1,
+        } | changes
+        return train_config(["demo", *(word for key, value in values.items() for word in (f"--{key}", str(value)))])
+
+    return job

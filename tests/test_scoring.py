@@ -67,6 +67,10 @@ def test_the_best_pairing_is_not_the_greedy_one():
     best = slow_iou(pred[0], truth[1]) + slow_iou(pred[1], truth[0])
     assert slow_iou(pred[0], truth[0]) > slow_iou(pred[0], truth[1]) and best > greedy
     assert set_iou(pred, truth) == pytest.approx(best / 2, abs=1e-12)
+    # exact as long as one side is small
+    far = [(100.0 * i, 50.0, 100.0 * i + 1, 51.0) for i in range(11)]
+    assert set_iou(far + pred, truth) == pytest.approx(best / 13, abs=1e-12)
+    assert set_iou(truth, far + pred) == pytest.approx(best / 13, abs=1e-12)
 
 
 def test_eight_boxes_are_exact_and_many_boxes_stay_between_half_and_one():
@@ -75,6 +79,7 @@ def test_eight_boxes_are_exact_and_many_boxes_stay_between_half_and_one():
     shuffled = rng.sample(cells, 12)
     assert set_iou(shuffled[:8], [*cells, UNIT]) == pytest.approx(8 / 13)
     assert set_iou(shuffled, cells) == pytest.approx(1.0)
+    assert set_iou(cells[:1] * 12, cells) == pytest.approx(1 / 12)
     crowd = [random_box(rng) for _ in range(40)]
     assert 0.5 <= set_iou(crowd, rng.sample(crowd, 40)) <= 1
 
@@ -255,8 +260,18 @@ def test_the_blind_answer_is_the_best_constant_of_its_phrase():
     train += [example("right nodule", (right,)), example("no box", ())]
     test = [example("Left nodule ", (left,)), example("right nodule", (right,), name="b")]
     assert blind_baseline(train, test)["metrics"]["miou"]["value"] == pytest.approx(1.0)
+    large = [example("left nodule", (tuple(2 * v for v in left),), width=200, height=200)]
+    assert blind_baseline(train, large)["metrics"]["miou"]["value"] == pytest.approx(1.0)
     swapped = [example("left nodule", (right,)), example("right nodule", (left,), name="b")]
     assert blind_baseline(train, swapped)["metrics"]["miou"]["value"] == 0
+
+
+def test_the_median_box_is_a_candidate():
+    train = [
+        example("mass", ((20.0 + dx, 20.0, 60.0 + dx, 60.0 + dy),)) for dx, dy in ((-15, 0), (0, 20), (0, -20), (15, 0))
+    ]
+    test = [example("mass", ((20.0, 20.0, 60.0, 60.0),))]
+    assert blind_baseline(train, test)["metrics"]["miou"]["value"] == pytest.approx(1.0)
 
 
 def test_an_unseen_phrase_backs_off_by_side_then_category_then_everything():

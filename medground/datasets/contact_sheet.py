@@ -4,13 +4,15 @@ import textwrap
 from itertools import groupby
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from medground.datasets.images import read_image
 from medground.datasets.manifest import load_records
 from medground.records import Example
 
 COLOURS = ("#ffb000", "#40c4ff", "#ff5fa2", "#7ddc5a")  # of a film's first phrase, its second, ...
+_GROUND = "#101418"
+_GREYS = 24
 _GAP, _LINE = 6, 13  # pixels between films, and of a line of text
 
 
@@ -35,10 +37,10 @@ def contact_sheet(
     if not films:
         raise ValueError(f"{folder}: want more than {first} films; got fewer")
     font = ImageFont.load_default(size=10)
-    wide = max(1, int((side - 8) / font.getlength("n")))
+    wide = max(8, int(side / font.getlength("a usual phrase") * len("a usual phrase")))
     texts = [[line for example in some for line in _lines(example, wide)] for _, some in films]
     step_x, step_y = side + _GAP, side + _GAP + _LINE * max(len(text) for text in texts)
-    sheet = Image.new("RGB", (columns * step_x + _GAP, -(-len(films) // columns) * step_y + _GAP), "#101418")
+    sheet = Image.new("RGB", (columns * step_x + _GAP, -(-len(films) // columns) * step_y + _GAP), _GROUND)
     draw = ImageDraw.Draw(sheet)
     for number, (image, some) in enumerate(films):
         x, y = _GAP + number % columns * step_x, _GAP + number // columns * step_y
@@ -54,8 +56,16 @@ def contact_sheet(
             for line in _lines(example, wide):
                 draw.text((x + 2, below), line, fill=colour, font=font)
                 below += _LINE
-    # few colours: text, boxes and greys fit, and the file is a third of the size
-    sheet.quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+    sheet.quantize(palette=_palette(), dither=Image.Dither.NONE).save(path, optimize=True)
+
+
+def _palette() -> Image.Image:
+    # the colours and few greys: films are noise to a PNG, and 256 greys would triple the file
+    colours = [value for colour in (_GROUND, *COLOURS) for value in ImageColor.getrgb(colour)]
+    greys = [value for step in range(_GREYS) for value in [round(255 * step / (_GREYS - 1))] * 3]
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(colours + greys)
+    return palette
 
 
 def _lines(example: Example, wide: int) -> list[str]:

@@ -81,7 +81,7 @@ def _open(path: Path) -> Image.Image:
 
 def _read_picture(path: Path) -> Image.Image:
     with _open(path) as image:
-        raw = str(image.tile[0].args) if image.tile else ""
+        raw = str(getattr(image, "tile", ""))  # names the form of the pixels in the file
         if image.mode not in _WIDE_MODES and ";16" in raw:  # PIL would cut these to their high bytes
             raise ValueError(f"want 8 bits a channel, or 16 bits and grey; got 16-bit {image.mode}")
         image.load()

@@ -5,6 +5,7 @@ films belong to patients with two films; both show the same build, in another po
 """
 
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -57,7 +58,12 @@ class PhantomConfig:
         _want(56 <= self.size <= 4096, "size", "56 to 4096 pixels", self.size)
         _want(self.val >= 0, "val", ">= 0", self.val)
         _want(self.test >= 0, "test", ">= 0", self.test)
-        _want(self.val + self.test < self.count, "count", f"more films than val + test, {self.val} + {self.test}", self.count)
+        _want(
+            self.val + self.test < self.count,
+            "count",
+            f"more films than val + test, {self.val} + {self.test}",
+            self.count,
+        )
         _want(self.bits in (8, 16), "bits", "8 or 16", self.bits)
         _want(not self.dicom or self.bits == 8, "bits", "its default with dicom, whose films have 12 bits", self.bits)
 
@@ -84,15 +90,22 @@ def draw_film(seed: int, index: int, size: int) -> Film:
     Returns:
         The film and its findings, boxes in its pixels.
     """
+    attempts = (_draw(seed, index, size, attempt) for attempt in itertools.count())
+    return next(film for film in attempts if film is not None)
+
+
+def _draw(seed: int, index: int, size: int, attempt: int) -> Film | None:
     # streams of their own: what a film shows does not change the body it is shown in
     person = np.random.default_rng([seed, _patient(index), 1])
-    film = np.random.default_rng([seed, index, 2])
-    rng = np.random.default_rng([seed, index, 3])
+    film = np.random.default_rng([seed, index, attempt, 2])
+    rng = np.random.default_rng([seed, index, attempt, 3])
     plans = plan_findings(rng)
     chest = sample_chest(person, film, enlarged_heart=any(plan.category == HEART for plan in plans))
     canvas = draw_anatomy(chest, film, size)
-    painted = [paint(canvas, plan, rng) for plan in plans]
-    return Film(expose(canvas, film), tuple(finding for finding in painted if finding is not None))
+    findings = tuple(found for plan in plans if (found := paint(canvas, plan, rng)) is not None)
+    if len(findings) < len(plans):  # one lies beyond the film's edge: a pose to draw again
+        return None
+    return Film(expose(canvas, film), findings)
 
 
 def film_examples(film: Film, seed: int, index: int, split: str = "train") -> list[Example]:
@@ -229,7 +242,8 @@ def _is_there(config: PhantomConfig, out: Path) -> bool:
     try:
         theirs = json.loads(parameters.read_text())
     except ValueError:
-        theirs = {}
+        theirs = None
+    theirs = theirs if isinstance(theirs, dict) else {}
     ours = _parameters(config)
     if theirs != ours:
         differ = [f"{name} {theirs.get(name)!r}" for name in ours if theirs.get(name) != ours[name]]

@@ -10,11 +10,12 @@ linear and unbounded while findings are added; `expose` turns it into a film wit
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Pixels = NDArray[np.float32]
+Pixels = NDArray[np.floating[Any]]  # float32, all of them
 
 RIBS = 7.0  # posterior ribs between apex and base
 
@@ -61,14 +62,14 @@ class Chest:
 def sample_chest(person: np.random.Generator, film: np.random.Generator, enlarged_heart: bool) -> Chest:
     """A chest: its build comes from the person's generator, its pose and breath from the film's."""
     breath = film.uniform(-0.05, 0.05)
-    scale = film.uniform(0.68, 1.06)
-    room = 0.52 - 0.41 * scale  # a smaller chest may lie further off the middle
+    scale = film.uniform(0.74, 1.06)
+    room = 0.49 - 0.39 * scale  # a smaller chest may lie further off the middle
     apex = -0.37 + person.uniform(-0.02, 0.02)
     dome_right = 0.20 + person.uniform(-0.03, 0.03) + breath
     normal, enlarged = person.uniform(0.40, 0.47), person.uniform(0.57, 0.72)
     return Chest(
         shift_x=film.uniform(-room, room),
-        shift_y=film.uniform(-room, room) + 0.01,
+        shift_y=film.uniform(-room, 0.7 * room),
         scale=scale,
         tilt=film.uniform(-0.12, 0.12),
         apex=apex,
@@ -93,7 +94,7 @@ class Canvas:
         q: down the chest, of each pixel.
         cage: 1 inside the rib cage, 0 outside, soft at the edge.
         floor: q of the diaphragm under each pixel.
-        lung: 1 in the lungs, 0 outside, soft at the edge.
+        lung: 1 in the lungs where neither the heart nor the great vessels hide them, 0 outside, soft at the edge.
         heart: the same for the heart.
         texture: smooth noise, about -1 to 1.
         edge: width of a sharp edge: one pixel, in film sides before `scale`.
@@ -146,6 +147,7 @@ def draw_anatomy(chest: Chest, film: np.random.Generator, size: int) -> Canvas:
     _soft_tissue(canvas, a, below, film)
     _lung_markings(canvas, a, film)
     _bones(canvas, a, outer, film)
+    _marker(canvas, film)
     return canvas
 
 
@@ -186,6 +188,8 @@ def _soft_tissue(canvas: Canvas, a: Pixels, below: Pixels, film: np.random.Gener
     slope = np.maximum(q - np.float32(chest.apex - 0.12), 0)
     half = np.minimum(0.105 + 2.2 * slope, np.float32(chest.breadth) + 0.18 * (slope - 0.17))
     body = soft(np.minimum(half, np.float32(chest.breadth)) - a, 0.07)
+    chin = np.sqrt(a * a + (q - np.float32(chest.apex - 0.34)) ** 2)
+    body = np.maximum(body, soft(0.165 - chin, 0.05))
     canvas.pixels += body * (np.float32(0.52) - np.float32(0.35) * a)
     canvas.pixels -= lung * np.float32(film.uniform(0.27, 0.33))
     canvas.pixels += (body * below) * np.float32(film.uniform(0.10, 0.17))
@@ -199,6 +203,7 @@ def _soft_tissue(canvas: Canvas, a: Pixels, below: Pixels, film: np.random.Gener
     middle = np.maximum(soft(width - a, 0.025) * soft(q - chest.apex, 0.1), soft(1 - knob, 0.7))
     solid = np.maximum(canvas.heart, middle) * lung
     canvas.pixels += solid * np.float32(0.28) + canvas.heart * np.float32(0.085)
+    canvas.lung = lung - solid
     if film.random() < 0.6:  # gastric bubble under the patient's left diaphragm
         dp, dq = canvas.p - film.uniform(0.13, 0.19), q - chest.dome_left - film.uniform(0.06, 0.08)
         bubble = (dp * (1 / 0.06)) ** 2 + (dq * (1 / 0.032)) ** 2
@@ -230,11 +235,21 @@ def _bones(canvas: Canvas, a: Pixels, outer: Pixels, film: np.random.Generator) 
     canvas.pixels += soft(ribs - 0.25, 0.8) * within * bright
     # anterior ribs, fainter, fall inwards on the outer half of the lungs
     front = np.cos((q + np.float32(0.85) * a) * np.float32(2 * np.pi / (1.3 * pitch)))
-    canvas.pixels += soft(front - 0.35, 0.6) * within * soft(a - 0.19, 0.12) * (bright * np.float32(0.6))
+    canvas.pixels += soft(front - 0.35, 0.6) * within * soft(a - 0.19, 0.12) * (bright * np.float32(0.4))
     rise = film.uniform(0.10, 0.28)
     clavicle = q - np.float32(chest.apex + 0.085) + np.float32(rise) * (a - 0.05) + 0.02 * np.sin(a * np.float32(16))
     band = soft(0.013 - np.abs(clavicle), 0.008 + canvas.edge) * soft(a - 0.035, 0.03) * soft(0.40 - a, 0.05)
     canvas.pixels += band * np.float32(film.uniform(0.09, 0.14))
+
+
+def _marker(canvas: Canvas, film: np.random.Generator) -> None:
+    # the letter L in lead, on the side that is the patient's left
+    size = len(canvas.pixels)
+    tall, thick = max(5, size // 14), max(1, size // 56)
+    top, left = (int(film.uniform(low, low + 0.06) * size) for low in (0.03, 0.86))
+    if film.random() < 0.6 and not canvas.cage[top : top + tall, left:].any():
+        canvas.pixels[top : top + tall, left : left + thick] = 1
+        canvas.pixels[top + tall - thick : top + tall, left : left + tall * 3 // 5] = 1
 
 
 @lru_cache(maxsize=4)

@@ -25,7 +25,7 @@ class Statement:
 
 
 def statements(findings: tuple[Finding, ...], rng: np.random.Generator) -> list[Statement]:
-    """One or two statements about the findings of a film."""
+    """One or two statements about a film of one or two findings."""
     if len(findings) == 2 and findings[0].category == findings[1].category and _pair(findings):
         said = [_statement(_pair(findings), findings)]
         draw = rng.random()
@@ -35,7 +35,7 @@ def statements(findings: tuple[Finding, ...], rng: np.random.Generator) -> list[
             said.append(_absent(findings, rng))
         return said
     said = [_describe(finding, rng) for finding in findings]
-    if len(findings) == 0 or (len(findings) == 1 and rng.random() < 0.3):
+    if len(findings) == 1 and rng.random() < 0.3:
         said.append(_absent(findings, rng))
     return said
 

@@ -70,7 +70,7 @@ def gallery(run: RunFiles, data: Path) -> str:
         f"{_controls(chosen, len(run.films))}"
         f'<div class="gallery" id="gallery">{"".join(cards)}</div>'
         '<dialog id="completions" aria-label="completions"></dialog>'
-        f'<script type="application/json" id="films">{safe_json(films)}</script>'
+        f'<script type="application/json" id="film-texts">{safe_json(films)}</script>'
     )
 
 
@@ -140,7 +140,7 @@ def _answers(film: Film) -> list[tuple[str, Row]]:
 
 def _scores(film: Film) -> str:
     parts = [f'<span class="{name}">{row["iou"]:.2f}</span>' for name, row in _answers(film)]
-    remarks = [] if film.record["truth"] else ["absent finding"]
+    remarks = [] if film.record["truth"] else ["absent"]
     if answers := _answers(film):
         boxes = answers[-1][1]["boxes"]
         remarks += ["unreadable"] if boxes is None else ["no box"] if not boxes and film.record["truth"] else []

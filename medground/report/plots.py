@@ -29,7 +29,7 @@ class Series:
         x: positions, rising.
         y: one value per position; None or a number that is not finite leaves a gap.
         color: index of the CSS variable `--s<color>`.
-        smooth: samples of a moving average, centred but for the ends, drawn over the faint line; 0 draws the line itself.
+        smooth: samples of a moving average, drawn over the faint line itself; 0: the line alone.
         low: lower bound of a band, as long as `y`, or empty.
         high: its upper bound.
         dots: mark every sample.

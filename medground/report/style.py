@@ -142,7 +142,9 @@ footer { margin-top: 40px; font-size: 12.5px; color: var(--muted); }
   .tile { padding: 10px 12px; }
   .big { font-size: 20px; } .big .old, .big .arrow { font-size: 14px; } .big .arrow { padding: 0 3px; }
   .opened { grid-template-columns: minmax(0, 1fr); }
-  th, td { padding: 8px 10px; }
+  .tile .small span { display: block; float: none; }
+  th, td { padding: 8px 9px; }
+  .metrics td { min-width: 92px; } .metrics tbody th { min-width: 124px; }
 }
 @media print {
   body { background: #fff; } main { max-width: none; padding: 0; }
@@ -155,7 +157,7 @@ footer { margin-top: 40px; font-size: 12.5px; color: var(--muted); }
 SCRIPT = """
 (function () {
   "use strict";
-  var source = document.getElementById("films");
+  var source = document.getElementById("film-texts");
   if (!source) { return; }
   var films = JSON.parse(source.textContent);
   var gallery = document.getElementById("gallery");
@@ -182,8 +184,9 @@ SCRIPT = """
     });
     controls.elements.count.textContent = count + (count === 1 ? " film" : " films");
     controls.querySelectorAll("[data-layer]").forEach(function (box) {
-      [gallery, dialog].forEach(function (place) { place.classList.toggle("no-" + box.dataset.layer, !box.checked);
-    });
+      [gallery, dialog].forEach(function (place) {
+        place.classList.toggle("no-" + box.dataset.layer, !box.checked);
+      });
     });
   }
 

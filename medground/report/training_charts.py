@@ -22,7 +22,10 @@ def training_charts(run: RunFiles) -> str:
         series("spatial", "reward_spatial", 2),
         series("format", "reward_format", 3),
     ]
-    waste = [series("groups that all earned the same", "zero_spread_groups", 1), series("completions cut", "truncated", 4)]
+    waste = [
+        series("groups that all earned the same", "zero_spread_groups", 1),
+        series("completions cut", "truncated", 4),
+    ]
     clips = [series("clipped below", "clip_low", 1), series("clipped above", "clip_high", 4)]
     figures = [
         held_out_chart(run.curve),

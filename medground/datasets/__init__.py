@@ -1,0 +1,1 @@
+"""Data sets: records and images of every source in one form, checked before use."""

@@ -1,0 +1,331 @@
+"""The page and the picture of a run, from a small made-up run folder with hostile texts in it."""
+
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from medground.config import PRESETS, save_config
+from medground.report import gallery
+from medground.report.page import write_report
+from medground.report.picture import before_after_picture
+from medground.report.run_files import read_run
+
+HOSTILE = (
+    "</script><script>alert(1)</script x><!--<script> <img src=http://evil.test/x onerror=alert(2)> &amp; & "
+    "\" onclick=\"alert(3)\" ' onfocus='alert(4) \u2028 \u202e {{7}}"
+)
+    '</script><script>alert(1)</script><img src=http://evil.test/x onerror=alert(2)> & "left" \' \u2028 \u202e {{7}}'
+)
+METRICS = (
+    "miou", "acc@0.3", "acc@0.5", "acc@0.7", "side", "centre_hit", "absent", "false_empty", "parse_failures",
+)  # fmt: skip
+SERIES = (
+    "reward", "iou", "entropy", "kl", "clip_low", "clip_high", "grad_norm", "lr", "completion_length", "truncated",
+    "tokens_per_second",
+)  # fmt: skip
+VOID = {"meta", "input", "link", "img", "br", "hr"}
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def estimate(value):
+    return {"value": value, "low": max(0.0, value - 0.1), "high": min(1.0, value + 0.1), "n": 9}
+
+
+def evaluation(step, value, images="true", split="test"):
+    metrics = {name: estimate(value) for name in METRICS}
+    metrics["absent"] = {"value": None, "low": None, "high": None, "n": 0}
+    part = {"miou": estimate(value), "acc@0.5": estimate(value)}
+    by_category = {"nodule": part, HOSTILE: part}
+    return {"step": step, "split": split, "images": images, "metrics": metrics, "by_category": by_category}
+
+
+def prediction(i, iou, boxes):
+    return {
+        "id": f"r{i}", "image": f"images/{i % 5}.png", "width": 64, "height": 48,
+        "phrase": HOSTILE if i == 0 else f"nodule {i}" + "\ud800" * (i == 1), "category": HOSTILE if i == 0 else "nodule", "patient": f"p{i}",
+        "truth": [] if i == 11 else [[10.0, 10.0, 30.0, 30.0]], "boxes": boxes, "iou": iou,
+        "completion": HOSTILE * 60 + "\ud800" if i == 0 else f"[[{i}]]", "logp": -1.5,
+    }  # fmt: skip
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_evaluation(run, name, found, rows):
+    (run / "eval" / f"{name}.json").write_text(json.dumps(found))
+    write_lines(run / "eval" / f"{name}.predictions.jsonl", rows)
+
+
+def start_run(folder, steps=(1, 2, 3, 4)):
+    """A run that has trained four steps and evaluated nothing; and its data."""
+    run, data = folder / "run", folder / "data"
+    (run / "eval").mkdir(parents=True)
+    (data / "images").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(5):
+        Image.fromarray(rng.integers(0, 256, (48, 64), dtype=np.uint8)).save(data / f"images/{i}.png")
+    config = PRESETS["demo"][1]
+    save_config(dataclasses.replace(config, model=dataclasses.replace(config.model, path=HOSTILE)), run / "config.json")
+    environment = {
+        "versions": {"torch": "2.11", "note": HOSTILE},
+        "devices": ["cpu", "cpu"],
+        "ranks": 2,
+        "commit": "abc",
+    }
+    (run / "environment.json").write_text(json.dumps(environment))
+    rows = [{"step": s, "seconds": 2.0, "seconds_rollout": 1.0, **dict.fromkeys(SERIES, 0.1 * s)} for s in steps]
+    write_lines(run / "metrics.jsonl", rows)
+    return run, data
+
+
+def finish_run(run):
+    nan = float("nan")
+    before = [prediction(i, 0.1, [[0.0, 0.0, 20.0, 20.0]]) for i in range(12)]
+    boxes = [[[10.0, 10.0, 30.0, 31.0]]] * 8
+    boxes += [None, [], [[nan, 0.0, 5.0, 5.0], [9.0, 9.0, 1.0, 1.0]], [[0.0, 0.0, 1e300, 1e300]]]
+    after = [prediction(i, 0.9 - 0.05 * i, box) for i, box in enumerate(boxes)]
+    write_evaluation(run, "step-000000", evaluation(0, 0.1234), before)
+    write_evaluation(run, "step-000004", evaluation(4, 0.5678), after)
+    write_evaluation(run, "step-000004.shuffled", evaluation(4, 0.2345, "shuffled"), after)
+    for step in (0, 2, 4):
+        write_evaluation(run, f"step-{step:06d}.curve", evaluation(step, 0.1 + step / 10, split="val"), before[:3])
+    (run / "summary.json").write_text(json.dumps({"miou_blind_baseline": 0.3456, "machine": "2-core CPU", "ranks": 2}))
+
+
+@pytest.fixture
+def finished(tmp_path):
+    run, data = start_run(tmp_path)
+    finish_run(run)
+    return run, data
+
+
+class Page(HTMLParser):
+    """Collects tags, attributes and texts; fails where tags do not nest."""
+
+    def __init__(self, html):
+        super().__init__(convert_charrefs=True)
+        self.open, self.tags, self.attributes, self.texts = [], [], [], []
+        self.feed(html)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.attributes += [(tag, *pair) for pair in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
+        self.open.pop()
+
+    def handle_data(self, data):
+        self.texts.append((self.open[-1] if self.open else "", data))
+
+    def all(self, tag, **wanted):
+        return [a for t, a in self.tags if t == tag and all(a.get(k) == v for k, v in wanted.items())]
+
+
+def report(run, data):
+    out = run / "report.html"
+    write_report(run, data, out)
+    return out.read_text(encoding="utf-8")
+
+
+def test_the_page_nests_and_asks_no_server(finished):
+    html = report(*finished)
+    page = Page(html)
+    ids = [value for _, name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    loading = ("src", "href", "xlink:href", "srcset", "poster", "action", "data", "background")
+    urls = [value for _, name, value in page.attributes if name in loading]
+    assert urls and all(url.startswith("data:image/") for url in urls)
+    styles = "".join(text for tag, text in page.texts if tag == "style")
+    assert "url(" not in styles and "@import" not in styles
+    assert not page.all("link") and not page.all("iframe") and not page.all("img")
+    assert len(html.encode()) < 5_000_000
+
+
+def test_hostile_texts_stay_texts(finished):
+    page = Page(report(*finished))
+    assert len(page.all("script")) == 2
+    assert not [name for _, name, _ in page.attributes if name.startswith("on")]
+    shown = [text for _, text in page.texts]
+    assert shown.count(HOSTILE) >= 4  # phrase, category, model, environment
+    assert "http://evil.test" not in "".join(text for tag, text in page.texts if tag == "style")
+    films = json.loads(next(text for tag, text in page.texts if tag == "script"))
+    hostile = next(film for film in films if film["id"] == "r0")
+    assert hostile["phrase"] == hostile["category"] == HOSTILE
+    assert hostile["after"]["text"].startswith(HOSTILE)
+    assert "nodule 1\\ud800" in shown  # what UTF-8 cannot say
+    assert "more characters in the predictions file" in hostile["after"]["text"]
+
+
+def test_headline_numbers_and_controls_are_there(finished):
+    html = report(*finished)
+    for text in ("0.123", "0.568", "0.468\u20130.668", "0.234", "0.346", "56.8\u202f%", "2-core CPU", "4 steps"):
+        assert text in html, text
+    assert "In progress" not in html
+    page = Page(html)
+    assert len(page.all("figure", **{"class": "chart"})) == 13
+    assert html.count("not recorded") == 0
+    cards = page.all("button", **{"class": "film"})
+    assert len(cards) == 12
+    assert len(page.all("rect", **{"class": "truth"})) == 11  # one record has none
+    assert len(page.all("rect", **{"class": "before"})) == 12
+    assert len(page.all("rect", **{"class": "after"})) == 8  # the rest is unreadable, empty or has no place on a film
+    assert "unreadable" in html and "no box" in html and "absent" in html
+
+
+def test_the_blind_baseline_may_have_intervals(finished):
+    run, data = finished
+    write_evaluation(run, "blind", evaluation(0, 0.4321), [])
+    assert "0.332\u20130.532" in report(run, data)
+
+
+def test_a_run_in_progress_says_what_is_missing(tmp_path):
+    run, data = start_run(tmp_path)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "rew')  # being written
+    html = report(run, data)
+    Page(html)
+    assert "<b>In progress:</b> 4 of 150 steps" in html
+    assert "the evaluation before training, the evaluation after training, the summary" in html
+    assert "No predictions on the test records yet" in html
+    write_evaluation(run, "step-000000", evaluation(0, 0.1234), [prediction(1, 0.1, None)])
+    html = report(run, data)
+    Page(html)
+    assert "Not there yet: the evaluation after training, the summary." in html
+    assert "before training" in html and "0.123" in html and 'data-layer="after"' not in html
+
+
+def test_a_run_that_has_just_begun(tmp_path):
+    run, data = start_run(tmp_path)
+    (run / "metrics.jsonl").unlink()
+    assert "No step yet." in report(run, data)
+
+
+def test_mistakes_are_named(finished, tmp_path):
+    run, data = finished
+    with pytest.raises(ValueError, match=r"nowhere/config\.json"):
+        write_report(tmp_path / "nowhere", data, tmp_path / "x.html")
+    (run / "metrics.jsonl").write_text('{"step": 1, "seconds": 1.0}\n{"step": \n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not JSON"):
+        report(run, data)
+    (run / "metrics.jsonl").unlink()
+    (run / "environment.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"environment\.json: want a JSON object; got list"):
+        report(run, data)
+
+
+@pytest.mark.parametrize("image", ["../secret.png", "/etc/secret.png"])
+def test_images_come_from_the_data_folder(finished, image):
+    run, data = finished
+    write_lines(run / "eval/step-000004.predictions.jsonl", [prediction(1, 0.5, None) | {"image": image}])
+    with pytest.raises(ValueError, match="want an image inside"):
+        report(run, data)
+
+
+def test_a_missing_image_is_named(finished):
+    run, data = finished
+    (data / "images/0.png").unlink()
+    with pytest.raises(ValueError, match=r"images/0\.png"):
+        report(run, data)
+
+
+def test_large_images_shrink_until_the_page_is_small(finished, monkeypatch):
+    run, data = finished
+    noise = np.random.default_rng(1).integers(0, 256, (600, 800, 3), dtype=np.uint8)
+    for i in range(5):
+        Image.fromarray(noise).save(data / f"images/{i}.png", compress_level=1)
+    monkeypatch.setattr(gallery, "IMAGE_BUDGET", 1_000_000)
+    html = report(run, data)
+    images = re.findall(r"data:image/jpeg;base64,[^\"]*", html)
+    assert len(images) == 12 and sum(map(len, images)) <= 1_000_000
+
+
+def test_choice_of_films(tmp_path):
+    run, _ = start_run(tmp_path)
+    before = [prediction(i % 11, 0.5, []) | {"id": f"r{i}"} for i in range(200)]
+    after = [row | {"iou": i / 200} for i, row in enumerate(before)]
+    absent = {"id": "absent", "iou": 0.0, "truth": []}
+    before.append(before[0] | absent)
+    after.append(before[0] | absent | {"iou": 1.0})
+    write_evaluation(run, "step-000000", evaluation(0, 0.5), before)
+    write_evaluation(run, "step-000004", evaluation(4, 0.5), after)
+    films = read_run(run).films
+    chosen = gallery.choose(films, each=10)
+    found = {kind: {film.record["id"] for film, kinds in chosen if kind in kinds} for kind in gallery.KINDS}
+    assert found["gain"] == {f"r{i}" for i in range(190, 200)}
+    assert found["failure"] == {f"r{i}" for i in range(10)}
+    assert len(found["random"]) == 10 and len(chosen) <= 30
+    assert chosen == gallery.choose(films, each=10)
+    draws = [films.index(f) for seed in range(40) for f, k in gallery.choose(films, 10, seed) if "random" in k]
+    assert 80 < np.mean(draws) < 120  # from all films, not from what the other kinds leave
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
+def test_the_script_runs_in_a_browser(finished, tmp_path):
+    html = report(*finished)
+    probe = """<script>
+      var controls = document.getElementById("controls"), cards = document.querySelectorAll(".film");
+      controls.elements.sort.value = "low"; controls.elements.category.value = "nodule";
+      controls.dispatchEvent(new Event("change"));
+      document.querySelector("[data-layer=before]").click();
+      var shown = Array.from(document.querySelectorAll(".film")).filter(function (c) { return !c.hidden; });
+      cards[Array.from(cards).findIndex(function (c) { return c.dataset.index === "0"; })].click();
+      document.body.dataset.probe = JSON.stringify({
+        count: controls.elements.count.textContent, ious: shown.map(function (c) { return c.dataset.iou; }),
+        hidden: document.getElementById("gallery").className, dialog: document.querySelector("dialog").innerText });
+    </script></body>"""
+    page = tmp_path / "probe.html"
+    page.write_text(html.replace("</body>", probe), encoding="utf-8")
+    command = [
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+        "--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path / 'profile'}",
+        "--dump-dom", page.as_uri(),
+    ]  # fmt: skip
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    parsed = Page(dom)
+    assert parsed.all("html")[0]["data-ready"] == "12"
+    found = json.loads(parsed.all("body")[0]["data-probe"])
+    assert found["count"] == "11 films" and found["ious"] == sorted(found["ious"]) and len(found["ious"]) == 11
+    assert found["hidden"] == "gallery no-before"
+    assert "before training: IoU 0.100" in found["dialog"] and "after training: IoU" in found["dialog"]
+    assert len(parsed.all("script")) == 3
+
+
+def test_the_picture_is_small_and_shows_the_films(finished):
+    run, data = finished
+    noise = np.random.default_rng(1).integers(0, 256, (512, 512), dtype=np.uint8)
+    for i in range(5):
+        Image.fromarray(noise).save(data / f"images/{i}.png", compress_level=1)
+    out = run / "picture.png"
+    before_after_picture(run, data, out, count=6)
+    assert out.stat().st_size < 300_000
+    with Image.open(out) as picture:
+        assert picture.width > picture.height > 200  # five images, so five films: two rows of three
+    before_after_picture(run, data, out, count=1)
+    with Image.open(out) as picture:
+        assert picture.height > picture.width
+
+
+def test_the_picture_needs_both_evaluations(tmp_path):
+    run, data = start_run(tmp_path)
+    with pytest.raises(ValueError, match="evaluations before and after"):
+        before_after_picture(run, data, tmp_path / "x.png")
+    with pytest.raises(ValueError, match="count >= 1; got 0"):
+        before_after_picture(run, data, tmp_path / "x.png", count=0)
