@@ -7,7 +7,6 @@ so that `--help` answers at once.
 import dataclasses
 import json
 import math
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +31,9 @@ class ModelConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more work."""
 
+    def __post_init__(self) -> None:
+        _want(bool(self.path), "model.path", "a model folder or a name on the hub", self.path)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -51,7 +53,9 @@ class DataConfig:
     """Larger images are reduced to this many pixels."""
 
     def __post_init__(self) -> None:
-        _want(0 < self.min_pixels <= self.max_pixels, "data.min_pixels", "0 < min_pixels <= max_pixels", self.min_pixels)
+        _want(bool(self.path), "data.path", "a folder name", self.path)
+        in_order = 0 < self.min_pixels <= self.max_pixels
+        _want(in_order, "data.min_pixels", "0 < min_pixels <= max_pixels", self.min_pixels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +88,7 @@ class RolloutConfig:
             self.group_size,
         )
         _want(self.max_new_tokens >= 1, "rollout.max_new_tokens", ">= 1", self.max_new_tokens)
-        positive = math.isfinite(self.temperature) and self.temperature > 0
-        _want(positive, "rollout.temperature", "a number > 0", self.temperature)
+        _want(0 < self.temperature < math.inf, "rollout.temperature", "a number > 0", self.temperature)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +105,8 @@ class RewardConfig:
     """IoU threshold of the hard reward."""
 
     def __post_init__(self) -> None:
-        _want(self.format_weight >= 0, "reward.format_weight", ">= 0", self.format_weight)
-        _want(self.spatial_weight >= 0, "reward.spatial_weight", ">= 0", self.spatial_weight)
+        _want(0 <= self.format_weight < math.inf, "reward.format_weight", "a number >= 0", self.format_weight)
+        _want(0 <= self.spatial_weight < math.inf, "reward.spatial_weight", "a number >= 0", self.spatial_weight)
         _want(self.format_weight + self.spatial_weight > 0, "reward.spatial_weight", "one weight > 0", 0.0)
         _want(0 <= self.threshold < 1, "reward.threshold", "0 <= threshold < 1", self.threshold)
 
@@ -131,8 +134,8 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         _want(0 <= self.epsilon_low < 1, "loss.epsilon_low", "0 <= epsilon_low < 1", self.epsilon_low)
-        _want(self.epsilon_high >= 0, "loss.epsilon_high", ">= 0", self.epsilon_high)
-        _want(self.beta >= 0, "loss.beta", ">= 0", self.beta)
+        _want(0 <= self.epsilon_high < math.inf, "loss.epsilon_high", "a number >= 0", self.epsilon_high)
+        _want(0 <= self.beta < math.inf, "loss.beta", "a number >= 0", self.beta)
         _want(self.inner_epochs >= 1, "loss.inner_epochs", ">= 1", self.inner_epochs)
         _want(self.micro_batch_groups >= 1, "loss.micro_batch_groups", ">= 1", self.micro_batch_groups)
 
@@ -157,13 +160,13 @@ class OptimizerConfig:
     """Gradients are scaled down to this norm."""
 
     def __post_init__(self) -> None:
-        _want(self.lr > 0, "optimizer.lr", "> 0", self.lr)
+        _want(0 < self.lr < math.inf, "optimizer.lr", "a number > 0", self.lr)
         fraction = self.final_lr_fraction
         _want(0 <= fraction <= 1, "optimizer.final_lr_fraction", "0 <= fraction <= 1", fraction)
         _want(self.warmup_steps >= 0, "optimizer.warmup_steps", ">= 0", self.warmup_steps)
         _want(0 <= self.beta1 < 1, "optimizer.beta1", "0 <= beta1 < 1", self.beta1)
         _want(0 <= self.beta2 < 1, "optimizer.beta2", "0 <= beta2 < 1", self.beta2)
-        _want(self.weight_decay >= 0, "optimizer.weight_decay", ">= 0", self.weight_decay)
+        _want(0 <= self.weight_decay < math.inf, "optimizer.weight_decay", "a number >= 0", self.weight_decay)
         _want(self.max_grad_norm > 0, "optimizer.max_grad_norm", "> 0", self.max_grad_norm)
 
 
@@ -274,8 +277,8 @@ def load_config(path: Path) -> Config:
     """
     try:
         values = json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such configuration file") from None
+    except OSError as error:
+        raise ValueError(f"{path}: want a configuration file; {error.strerror}") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
     try:
@@ -299,7 +302,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _build(kind: Any, values: Any, where: str) -> Any:
     if not isinstance(values, dict):
-        raise ValueError(f"{where or 'configuration'}: want an object; got {values!r}")
+        raise ValueError(f"{where.rstrip('.') or 'configuration'}: want an object; got {values!r}")
     hints = typing.get_type_hints(kind)
     for key in values:
         if key not in hints:
@@ -320,8 +323,6 @@ def _value(hint: Any, value: Any, name: str) -> Any:
     if typing.get_origin(hint) is Literal:
         _want(value in typing.get_args(hint), name, f"one of {', '.join(typing.get_args(hint))}", value)
         return value
-    if typing.get_origin(hint) is types.UnionType:
-        return value if value is None else _value(typing.get_args(hint)[0], value, name)
     if hint is float and type(value) is int:
         return float(value)
     _want(type(value) is hint, name, hint.__name__, value)

@@ -8,13 +8,13 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterable
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from medground import __version__
 from medground.config import Config, differing_fields, load_config, save_config
 
 
@@ -44,7 +44,7 @@ class RunFolder:
         for part in ("samples", "checkpoints", "eval", "tensorboard"):
             (self.path / part).mkdir(parents=True, exist_ok=True)
         if not config.resume:
-            save_config(replace(config, resume=False), self.path / "config.json")
+            save_config(config, self.path / "config.json")
         _write_json(self.path / "environment.json", environment)
 
     def start(self, step: int) -> None:
@@ -98,7 +98,7 @@ class RunFolder:
 
 def environment(ranks: int, seed: int, data_hash: str, model: str) -> dict[str, Any]:
     """What a result depends on beside its configuration: versions, devices, commit, seed, data."""
-    packages = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pillow", "medground")
+    packages = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pillow")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "command": " ".join(sys.argv),
@@ -107,7 +107,7 @@ def environment(ranks: int, seed: int, data_hash: str, model: str) -> dict[str, 
         "gpus": gpus,
         "machine": f"{len(gpus)} x {gpus[0]}" if gpus else f"{os.cpu_count()}-core CPU",
         "model": model,
-        "packages": {name: version(name) for name in packages},
+        "packages": {"medground": __version__} | {name: version(name) for name in packages},
         "python": platform.python_version(),
         "ranks": ranks,
         "seed": seed,

@@ -186,7 +186,7 @@ def test_a_file_that_holds_no_configuration_is_refused(text, message, tmp_path):
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"absent.json: no such configuration file"):
+    with pytest.raises(ValueError, match=r"absent.json: want a configuration file"):
         load_config(tmp_path / "absent.json")
 
 
@@ -202,3 +202,17 @@ def test_the_configuration_answers_without_the_heavy_imports():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_folder_is_no_configuration_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="want a configuration file"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize("value", ["Infinity", "NaN"])
+def test_infinite_numbers_are_refused(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "config.json"
+    save_config(PRESETS["demo"][1], path)
+    path.write_text(path.read_text().replace('"lr": 0.0007', f'"lr": {value}'))
+    with pytest.raises(ValueError, match=r"optimizer\.lr: want a number > 0"):
+        load_config(path)

@@ -98,9 +98,14 @@ def test_the_window_of_a_dicom_file_counts_not_its_extremes(tmp_path):
 @pytest.mark.parametrize("slope, intercept", [(2.0, -1024.0), (0.5, 10.0), (-1.0, 4000.0)])
 def test_rescaling_comes_before_the_window(tmp_path, slope, intercept):
     shown = 1000 + RAMP * 1000
-    pixels = np.rint((shown - intercept) / slope).astype(np.int16)
+    pixels = np.rint((shown - intercept) / slope).astype(np.uint16)
     window = {"WindowCenter": 1500.5, "WindowWidth": 1001, "RescaleSlope": slope, "RescaleIntercept": intercept}
     path = write_dicom(tmp_path / "a.dcm", pixels, **window)
+    assert np.abs(grey(path) - EIGHT_BITS).max() <= 1
+
+
+def test_signed_values(tmp_path):
+    path = write_dicom(tmp_path / "a.dcm", np.rint(RAMP * 2000 - 1000).astype(np.int16))
     assert np.abs(grey(path) - EIGHT_BITS).max() <= 1
 
 

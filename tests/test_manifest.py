@@ -89,7 +89,7 @@ WHOLE = "a whole number of pixels >= 1"
 FAULTS = {
     "not JSON": ("{", "line", "one JSON object in UTF-8", "'{'"),
     "blank line": ("", "line", "one JSON object in UTF-8", "''"),
-    "deep": ("[" * 100_000, "line", "one JSON object in UTF-8", "..."),
+    "deep": ("[" * 100_000, "line", "one JSON object in UTF-8", "'[[["),
     "a list": ("[1, 2]", "line", "one JSON object", "[1, 2]"),
     "number as id": (other(id=7), "id", "a string", "7"),
     "null as phrase": (other(phrase=None), "phrase", "a string", "None"),
@@ -99,7 +99,7 @@ FAULTS = {
     "no width": (other(width=0), "width", WHOLE, "0"),
     "no boxes": (other(boxes=None), "boxes", "a list of boxes [x1, y1, x2, y2]", "None"),
     "three numbers": (other(boxes=[[1, 2, 3]]), "boxes[0]", "four finite numbers", "[1, 2, 3]"),
-    "a flat box": (other(boxes=[1, 2, 3, 4]), "boxes[0]", "four finite numbers", "1"),
+    "a flat box": (other(boxes=[7]), "boxes[0]", "four finite numbers", "7"),
     "text in a box": (other(boxes=[[1, 2, 3, "4"]]), "boxes[0]", "four finite numbers", "[1, 2, 3, '4']"),
     "truth in a box": (other(boxes=[[0, 0, True, 4]]), "boxes[0]", "four finite numbers", "[0, 0, True, 4]"),
     "NaN": (other(boxes=[[0, 0, float("nan"), 4]]), "boxes[0]", "four finite numbers", "[0, 0, nan, 4]"),
@@ -141,7 +141,7 @@ def test_a_fault_is_named_with_its_line_and_field(folder, case):
     with pytest.raises(ValueError) as caught:
         load_records(folder)
     first, *faults = str(caught.value).splitlines()
-    assert first == f"{folder}/records.jsonl: 1 faults (docs/data/records.md)"
+    assert first == f"{folder}/records.jsonl: 1 fault (docs/data/records.md)"
     assert len(faults) == 1
     assert faults[0].startswith(f"{folder}/records.jsonl:2: {field}: want "), faults
     assert wanted in faults[0] and got in faults[0].split("; got ")[1], faults

@@ -104,8 +104,8 @@ def test_boxes_lie_on_the_film_and_can_be_seen(films):
         assert film.pixels.dtype == np.float32
         assert film.pixels.min() == 0 and film.pixels.max() == pytest.approx(1)
         for box in (box for example in examples for box in example.boxes):
-            assert 0 <= box[0] and box[0] + 4 <= box[2] <= SIZE
-            assert 0 <= box[1] and box[1] + 4 <= box[3] <= SIZE
+            assert box[0] >= 0 and box[0] + 4 <= box[2] <= SIZE
+            assert box[1] >= 0 and box[1] + 4 <= box[3] <= SIZE
 
 
 def test_left_is_the_patients_left(upright):

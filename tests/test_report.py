@@ -1,6 +1,5 @@
-"""The page and the picture of a run, from a small made-up run folder with hostile texts in it."""
+"""The page of a run: whole, closed to hostile texts, and honest about what is not there yet."""
 
-import dataclasses
 import json
 import re
 import shutil
@@ -9,95 +8,15 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from made_up_run import HOSTILE, evaluation, finish_run, prediction, start_run, write_evaluation, write_lines
 from PIL import Image
 
-from medground.config import PRESETS, save_config
 from medground.report import gallery
 from medground.report.page import write_report
-from medground.report.picture import before_after_picture
 from medground.report.run_files import read_run
 
-HOSTILE = (
-    "</script><script>alert(1)</script x><!--<script> <img src=http://evil.test/x onerror=alert(2)> &amp; & "
-    "\" onclick=\"alert(3)\" ' onfocus='alert(4) \u2028 \u202e {{7}}"
-)
-    '</script><script>alert(1)</script><img src=http://evil.test/x onerror=alert(2)> & "left" \' \u2028 \u202e {{7}}'
-)
-METRICS = (
-    "miou", "acc@0.3", "acc@0.5", "acc@0.7", "side", "centre_hit", "absent", "false_empty", "parse_failures",
-)  # fmt: skip
-SERIES = (
-    "reward", "iou", "entropy", "kl", "clip_low", "clip_high", "grad_norm", "lr", "completion_length", "truncated",
-    "tokens_per_second",
-)  # fmt: skip
 VOID = {"meta", "input", "link", "img", "br", "hr"}
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-def estimate(value):
-    return {"value": value, "low": max(0.0, value - 0.1), "high": min(1.0, value + 0.1), "n": 9}
-
-
-def evaluation(step, value, images="true", split="test"):
-    metrics = {name: estimate(value) for name in METRICS}
-    metrics["absent"] = {"value": None, "low": None, "high": None, "n": 0}
-    part = {"miou": estimate(value), "acc@0.5": estimate(value)}
-    by_category = {"nodule": part, HOSTILE: part}
-    return {"step": step, "split": split, "images": images, "metrics": metrics, "by_category": by_category}
-
-
-def prediction(i, iou, boxes):
-    return {
-        "id": f"r{i}", "image": f"images/{i % 5}.png", "width": 64, "height": 48,
-        "phrase": HOSTILE if i == 0 else f"nodule {i}" + "\ud800" * (i == 1), "category": HOSTILE if i == 0 else "nodule", "patient": f"p{i}",
-        "truth": [] if i == 11 else [[10.0, 10.0, 30.0, 30.0]], "boxes": boxes, "iou": iou,
-        "completion": HOSTILE * 60 + "\ud800" if i == 0 else f"[[{i}]]", "logp": -1.5,
-    }  # fmt: skip
-
-
-def write_lines(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def write_evaluation(run, name, found, rows):
-    (run / "eval" / f"{name}.json").write_text(json.dumps(found))
-    write_lines(run / "eval" / f"{name}.predictions.jsonl", rows)
-
-
-def start_run(folder, steps=(1, 2, 3, 4)):
-    """A run that has trained four steps and evaluated nothing; and its data."""
-    run, data = folder / "run", folder / "data"
-    (run / "eval").mkdir(parents=True)
-    (data / "images").mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for i in range(5):
-        Image.fromarray(rng.integers(0, 256, (48, 64), dtype=np.uint8)).save(data / f"images/{i}.png")
-    config = PRESETS["demo"][1]
-    save_config(dataclasses.replace(config, model=dataclasses.replace(config.model, path=HOSTILE)), run / "config.json")
-    environment = {
-        "versions": {"torch": "2.11", "note": HOSTILE},
-        "devices": ["cpu", "cpu"],
-        "ranks": 2,
-        "commit": "abc",
-    }
-    (run / "environment.json").write_text(json.dumps(environment))
-    rows = [{"step": s, "seconds": 2.0, "seconds_rollout": 1.0, **dict.fromkeys(SERIES, 0.1 * s)} for s in steps]
-    write_lines(run / "metrics.jsonl", rows)
-    return run, data
-
-
-def finish_run(run):
-    nan = float("nan")
-    before = [prediction(i, 0.1, [[0.0, 0.0, 20.0, 20.0]]) for i in range(12)]
-    boxes = [[[10.0, 10.0, 30.0, 31.0]]] * 8
-    boxes += [None, [], [[nan, 0.0, 5.0, 5.0], [9.0, 9.0, 1.0, 1.0]], [[0.0, 0.0, 1e300, 1e300]]]
-    after = [prediction(i, 0.9 - 0.05 * i, box) for i, box in enumerate(boxes)]
-    write_evaluation(run, "step-000000", evaluation(0, 0.1234), before)
-    write_evaluation(run, "step-000004", evaluation(4, 0.5678), after)
-    write_evaluation(run, "step-000004.shuffled", evaluation(4, 0.2345, "shuffled"), after)
-    for step in (0, 2, 4):
-        write_evaluation(run, f"step-{step:06d}.curve", evaluation(step, 0.1 + step / 10, split="val"), before[:3])
-    (run / "summary.json").write_text(json.dumps({"miou_blind_baseline": 0.3456, "machine": "2-core CPU", "ranks": 2}))
 
 
 @pytest.fixture
@@ -190,10 +109,12 @@ def test_headline_numbers_and_controls_are_there(finished):
     assert "unreadable" in html and "no box" in html and "absent" in html
 
 
-def test_the_blind_baseline_may_have_intervals(finished):
+def test_the_blind_baseline_has_its_interval(finished):
     run, data = finished
-    write_evaluation(run, "blind", evaluation(0, 0.4321), [])
-    assert "0.332\u20130.532" in report(run, data)
+    summary = {"miou_blind_baseline": 0.4321, "miou_blind_baseline_interval": [0.4012, 0.4567]}
+    (run / "summary.json").write_text(json.dumps(summary))
+    html = report(run, data)
+    assert "0.432" in html and "0.401\u20130.457" in html
 
 
 def test_a_run_in_progress_says_what_is_missing(tmp_path):
@@ -306,26 +227,3 @@ def test_the_script_runs_in_a_browser(finished, tmp_path):
     assert found["hidden"] == "gallery no-before"
     assert "before training: IoU 0.100" in found["dialog"] and "after training: IoU" in found["dialog"]
     assert len(parsed.all("script")) == 3
-
-
-def test_the_picture_is_small_and_shows_the_films(finished):
-    run, data = finished
-    noise = np.random.default_rng(1).integers(0, 256, (512, 512), dtype=np.uint8)
-    for i in range(5):
-        Image.fromarray(noise).save(data / f"images/{i}.png", compress_level=1)
-    out = run / "picture.png"
-    before_after_picture(run, data, out, count=6)
-    assert out.stat().st_size < 300_000
-    with Image.open(out) as picture:
-        assert picture.width > picture.height > 200  # five images, so five films: two rows of three
-    before_after_picture(run, data, out, count=1)
-    with Image.open(out) as picture:
-        assert picture.height > picture.width
-
-
-def test_the_picture_needs_both_evaluations(tmp_path):
-    run, data = start_run(tmp_path)
-    with pytest.raises(ValueError, match="evaluations before and after"):
-        before_after_picture(run, data, tmp_path / "x.png")
-    with pytest.raises(ValueError, match="count >= 1; got 0"):
-        before_after_picture(run, data, tmp_path / "x.png", count=0)

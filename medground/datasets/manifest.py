@@ -116,10 +116,12 @@ class _Checker:
     def raise_if_any(self) -> None:
         if not self.complaints:
             return
+        count = len(self.complaints)
         shown = self.complaints[:SHOWN]
-        if len(self.complaints) > SHOWN:
-            shown.append(f"and {len(self.complaints) - SHOWN} more")
-        raise ValueError("\n".join([f"{self.path}: {len(self.complaints)} faults (docs/data/records.md)", *shown]))
+        if count > SHOWN:
+            shown.append(f"and {count - SHOWN} more")
+        first = f"{self.path}: {count} fault{'s' * (count > 1)} (docs/data/records.md)"
+        raise ValueError("\n".join([first, *shown]))
 
     def _complain(self, number: int, field: str, wanted: str, got: object) -> None:
         text = repr(got)

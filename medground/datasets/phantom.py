@@ -1,6 +1,6 @@
 """Phantom chest films: a data set without patients, drawn from a seed, for the demo, tests and benchmarks.
 
-A film is a function of (seed, index, size) alone: the same on every machine, whatever else is drawn. Two of three
+A film is a function of (seed, index, size) alone, whatever else is drawn and by how many processes. Two of three
 films belong to patients with two films; both show the same build, in another pose.
 """
 

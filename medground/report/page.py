@@ -41,7 +41,6 @@ def write_report(run: Path, data: Path, out: Path) -> None:
 
 
 def _document(title: str, body: str) -> str:
-    written = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -49,7 +48,7 @@ def _document(title: str, body: str) -> str:
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
         f"<title>{escape(title)} · MedGround</title><style>{STYLE}</style></head>"
-        f"<body><main>{body}<footer>MedGround · page written {written}</footer></main>"
+        f"<body><main>{body}<footer>Made by <code>medground report</code></footer></main>"
         f"<script>{SCRIPT}</script></body></html>\n"
     )
 
@@ -65,13 +64,13 @@ def _header(run: RunFiles) -> str:
         "Model": run.config.model.path,
         "Data": run.config.data.path,
         "Test records": len(run.films) or "",
-        "Machine": summary.get("machine") or environment.get("machine") or environment.get("devices") or "",
-        "Ranks": summary.get("ranks") or environment.get("ranks") or "",
+        "Machine": summary.get("machine") or environment.get("machine"),
+        "Ranks": summary.get("ranks") or environment.get("ranks"),
         "Steps": steps,
         "Seed": run.config.seed,
         "Training": _duration(summary.get("seconds_training")),
         "Commit": str(environment.get("commit") or "")[:10],
-        "Date": str(environment.get("date") or "")[:10],
+        "Page written": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
     known = "".join(
         f"<div><dt>{name}</dt><dd>{escape(_text(value))}</dd></div>"

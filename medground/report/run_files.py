@@ -41,8 +41,7 @@ class RunFiles:
         environment: environment.json.
         metrics: lines of metrics.jsonl by rising step.
         curve: small evaluations by rising step.
-        evaluations: whole evaluations, by "before", "after", "before_shuffled", "after_shuffled" and "blind"
-            (the last from eval/blind.json), those that exist.
+        evaluations: whole evaluations, by "before", "after", "before_shuffled" and "after_shuffled", those that exist.
         films: records of the test split, in the order of the evaluation.
         summary: summary.json; None while the run goes on.
     """
@@ -75,8 +74,6 @@ def read_run(run: Path) -> RunFiles:
     if last > 0:
         files |= {"after": whole.get((last, "")), "after_shuffled": whole.get((last, ".shuffled"))}
     files |= {"before_shuffled": whole.get((0, ".shuffled"))}
-    blind = run / "eval" / "blind.json"
-    files |= {"blind": blind if blind.exists() else None}
     found = {name: path for name, path in files.items() if path is not None}
     summary = run / "summary.json"
     return RunFiles(

@@ -8,7 +8,7 @@ STYLE = """
   --s0: #2468d8; --s1: #d9730d; --s2: #0c8f7c; --s3: #8351c6; --s4: #cb3a60; --s5: #7d8796;
   --truth: #3ddc97; --before: #ff9f43; --after: #4cc2ff;
 }
-@media (prefers-color-scheme: dark) {
+@media screen and (prefers-color-scheme: dark) {
   :root {
     color-scheme: dark;
     --page: #0e131a; --card: #171d26; --ink: #e8edf4; --muted: #98a4b5; --line: #2a323e; --grid: #232b36;

@@ -49,7 +49,7 @@ def tiles(run: RunFiles) -> str:
 
 def headline_table(run: RunFiles) -> str:
     """Every metric (rows) before, after, and of the controls (columns), each with its interval."""
-    columns = [name for name in COLUMNS if name in run.evaluations or (name == "blind" and _blind_miou(run))]
+    columns = [name for name in COLUMNS if name in run.evaluations or _estimate(run, name, "miou")]
     if not columns:
         return '<p class="nothing">No evaluation of the test records yet.</p>'
     head = "".join(f'<th scope="col">{COLUMNS[c][0]}<small>{COLUMNS[c][1]}</small></th>' for c in columns)
@@ -143,13 +143,13 @@ def _bars(name: str, pair: list[Row | None]) -> str:
     return range_bar(bars, ", ".join(interval(name, e) for e, _ in known)) if bars else ""
 
 
-def _blind_miou(run: RunFiles) -> float | None:
-    return run.summary.get("miou_blind_baseline") if run.summary else None
-
-
 def _estimate(run: RunFiles, column: str, metric: str) -> Row | None:
-    """{"value", "low", "high", "n"} of an evaluation; of the baseline the summary may know the mean alone."""
-    metrics: Mapping[str, Row] = run.evaluations.get(column, {}).get("metrics", {})
-    if column == "blind" and metric == "miou" and "miou" not in metrics and (value := _blind_miou(run)) is not None:
-        return {"value": value, "low": None, "high": None, "n": None}
-    return metrics.get(metric)
+    """{"value", "low", "high", "n"} of an evaluation; of the blind baseline the summary has the mean IoU alone."""
+    if column != "blind":
+        metrics: Mapping[str, Row] = run.evaluations.get(column, {}).get("metrics", {})
+        return metrics.get(metric)
+    summary = run.summary or {}
+    if metric != "miou" or summary.get("miou_blind_baseline") is None:
+        return None
+    low, high = summary.get("miou_blind_baseline_interval", (None, None))
+    return {"value": summary["miou_blind_baseline"], "low": low, "high": high, "n": None}
