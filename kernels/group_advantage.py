@@ -11,9 +11,7 @@ from typing import Literal
 from torch import Tensor
 
 
-def group_advantage(
-    rewards: Tensor, *, normalize: Literal["group", "none"] = "group", eps: float = 1e-4
-) -> Tensor:
+def group_advantage(rewards: Tensor, *, normalize: Literal["group", "none"] = "group", eps: float = 1e-4) -> Tensor:
     """Advantage of each completion over the others of its prompt.
 
     Args:

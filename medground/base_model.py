@@ -2,9 +2,9 @@
 
 It stands in for the instruct model that GRPO starts from on a GPU: after a minute of plain supervision
 on phantom films it answers in the template, with boxes in about the right place. Its faults are put in on
-purpose, so that there is something to learn: boxes are jittered and too large, some answers are
+purpose, in the last third of the supervision: boxes are jittered and too large, some answers are
 malformed, and half of the one-sided boxes lie on the wrong side, as of a model that does not know that
-left is the patient's left.
+left is the patient's left. So its figures say nothing about any real model.
 """
 
 import dataclasses
@@ -32,17 +32,15 @@ from medground.policy import Policy, pack_rows
 from medground.prompts import Processor, load_processor, make_prompt, render_answer, to_processed
 from medground.records import Box, Example, Group, Prompt, Rollout
 
-
 _SPECIAL = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
     "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
     "<|image_pad|>", "<|video_pad|>",
 )  # fmt: skip
+_THOUGHTS = ("upper left and middle right", "lower left and", "not seen", "[]", "[", "]")
 _PIECES = ("<think>", "</think>", "<answer>", "</answer>", '{"bbox_2d": [', "]}", ", ")
 # how Qwen's tokenizer cuts text before merging bytes: contractions, words, single digits, signs, blanks
-_CUT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_CUT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _CHAT = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
     "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
@@ -70,7 +68,7 @@ def build_base(config: BaseConfig) -> None:
         raise ValueError(f"{out}: want an empty folder or an older base model; it holds something else")
     out.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(config.seed)
-    _save_processor(config, rng, out)
+    _save_processor(config, out)
     lessons = _lessons(config, out)
     processor = load_processor(out, config.size**2, config.size**2)
     torch.manual_seed(config.seed)
@@ -91,7 +89,9 @@ class _Lesson(NamedTuple):
     def prompt(self) -> Prompt:
         tensors = {name: torch.from_numpy(array) for name, array in self.arrays.items()}
         tensors["pixel_values"] = tensors["pixel_values"].float()
-        return Prompt(self.example, **tensors, processed_width=self.processed_width, processed_height=self.processed_height)
+        return Prompt(
+            self.example, **tensors, processed_width=self.processed_width, processed_height=self.processed_height
+        )
 
 
 def _lessons(config: BaseConfig, folder: Path) -> list[_Lesson]:
@@ -124,11 +124,10 @@ def _draw(index: int) -> list[_Lesson]:
     return lessons
 
 
-def _save_processor(config: BaseConfig, rng: np.random.Generator, out: Path) -> None:
+def _save_processor(config: BaseConfig, out: Path) -> None:
     films = range(min(config.films, 400))  # say every word often enough
     examples = [e for index in films for e in phantom_examples(config.seed, index, config.size)[1]]
-    lines = [e.phrase for e in examples] + [_answer(e.boxes, e, rng) for e in examples]
-    lines += ["user\nFind:", "assistant\n"] * 100
+    lines = [e.phrase for e in examples] + ["user\nFind:", "assistant\n", *_THOUGHTS] * 100
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -142,8 +141,7 @@ def _save_processor(config: BaseConfig, rng: np.random.Generator, out: Path) -> 
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    pieces = re.compile("|".join(map(re.escape, _PIECES)))
-    bpe.train_from_iterator((part for line in lines for part in pieces.split(line)), trainer)
+    bpe.train_from_iterator(lines, trainer)
     learnt = json.loads(bpe.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
         vocab=learnt["vocab"],
@@ -169,6 +167,7 @@ def _architecture(processor: Processor) -> Qwen2_5_VLConfig:
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(processor.tokenizer),
+            "initializer_range": 0.06,  # the usual 0.02 takes thrice the steps at this width
             "hidden_size": 96,
             "intermediate_size": 320,
             "num_hidden_layers": 3,
@@ -183,6 +182,7 @@ def _architecture(processor: Processor) -> Qwen2_5_VLConfig:
         },
         vision_config={
             "depth": 2,
+            "initializer_range": 0.06,
             "hidden_size": 64,
             "intermediate_size": 128,
             "num_heads": 4,
@@ -214,7 +214,8 @@ def _supervise(
         for group in optimizer.param_groups:
             group["lr"] = config.lr * min((step + 1) / 20, 0.1 + 0.9 * left)
         chosen = rng.integers(len(lessons), size=config.batch_size)
-        groups = [_answered(lessons[i], processor, rng) for i in chosen]
+        faulty = step >= config.steps * 2 // 3
+        groups = [_answered(lessons[i], processor, rng, faulty) for i in chosen]
         rows = pack_rows(groups, policy.image_token, torch.device("cpu"))
         loss = -policy(rows, 1.0).logp.mean()
         loss.backward()
@@ -224,10 +225,14 @@ def _supervise(
         bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
 
 
-def _answered(lesson: _Lesson, processor: Processor, rng: np.random.Generator) -> Group:
+def _answered(lesson: _Lesson, processor: Processor, rng: np.random.Generator, faulty: bool) -> Group:
     """A lesson with the answer to imitate."""
     prompt = lesson.prompt()
-    text = _answer(_worsen(prompt, rng), prompt.example, rng)
+    boxes = _worsen(prompt, rng) if faulty else tuple(to_processed(box, prompt) for box in prompt.example.boxes)
+    text = _answer(boxes, prompt)
+    if faulty and rng.random() < 0.05:
+        broken = (text.replace("</think>", ""), text.replace("]}", "]"), text.replace("<answer>", ""), text[:-9])
+        text = broken[rng.integers(len(broken))]
     ids = processor.tokenizer(text + "<|im_end|>", add_special_tokens=False)["input_ids"]
     return Group(prompt, (Rollout(torch.tensor(ids), torch.zeros(len(ids)), text, True),))
 
@@ -265,14 +270,10 @@ def _clip(box: Box, prompt: Prompt) -> Box:
     return (x1, y1, max(min(box[2], w), x1 + 2), max(min(box[3], h), y1 + 2))
 
 
-def _answer(boxes: tuple[Box, ...], example: Example, rng: np.random.Generator) -> str:
-    """The answer with a thought that names coarse zones of the image; one in twenty is malformed."""
+def _answer(boxes: tuple[Box, ...], prompt: Prompt) -> str:
+    """The answer with a thought that names coarse zones of the image."""
     zones = []
     for x1, y1, x2, y2 in boxes:
-        across, down = (x1 + x2) / 2 / example.width, (y1 + y2) / 2 / example.height
+        across, down = (x1 + x2) / 2 / prompt.processed_width, (y1 + y2) / 2 / prompt.processed_height
         zones.append(("upper", "middle", "lower")[int(min(down * 3, 2))] + (" left" if across < 0.5 else " right"))
-    text = render_answer(boxes, " and ".join(zones) or "not seen")
-    if rng.random() < 0.05:
-        broken = (text.replace("</think>", ""), text.replace("]}", "]"), text.replace("<answer>", ""), text[:-9])
-        text = broken[rng.integers(len(broken))]
-    return text
+    return render_answer(boxes, " and ".join(zones) or "not seen")

@@ -92,9 +92,9 @@ def export_policy(folder: Path, policy: Policy, model_folder: Path, ranks: Ranks
     shutil.rmtree(folder, ignore_errors=True)
     plain.save_pretrained(folder, state_dict=state)
     for file in sorted(model_folder.iterdir()):
-        if file.suffix in (".json", ".txt", ".jinja") and file.name not in ("config.json", "recipe.json"):
-            if not file.name.endswith(".index.json"):
-                shutil.copyfile(file, folder / file.name)
+        written = file.name in ("config.json", "recipe.json") or file.name.endswith(".index.json")
+        if file.suffix in (".json", ".txt", ".jinja") and not written:
+            shutil.copyfile(file, folder / file.name)
 
 
 def _stored_dtype(model_folder: Path) -> torch.dtype:

@@ -65,7 +65,9 @@ def train_config(words: list[str]) -> Config:
     if words[:1] == ["--config"]:
         if len(words) < 2:
             raise ValueError("--config: want a file name; got none")
-        return tyro.cli(Config, prog="medground train --config FILE", args=words[2:], default=load_config(Path(words[1])))
+        return tyro.cli(
+            Config, prog="medground train --config FILE", args=words[2:], default=load_config(Path(words[1]))
+        )
     if not words or words[0] in ("-h", "--help"):
         presets = "\n".join(f"  {name:16} {text}" for name, (text, _) in PRESETS.items())
         print(f"usage: medground train PRESET [OPTIONS]\n\npresets (PRESET --help lists the options):\n{presets}")

@@ -234,7 +234,7 @@ class Config:
 
 _DEMO = Config(
     out="runs/demo/grpo",
-    steps=150,
+    steps=200,
     model=ModelConfig(path="runs/demo/base"),
     data=DataConfig(path="runs/demo/data"),
     prompt=PromptConfig(template="brief"),
@@ -256,7 +256,7 @@ def _qwen(size: str) -> Config:
 
 
 PRESETS = {
-    "demo": ("Phantom films and the small base model; two CPU cores, about three minutes.", _DEMO),
+    "demo": ("Phantom films and the small base model; two CPU cores, about four minutes.", _DEMO),
     "qwen2.5-vl-3b": ("Qwen2.5-VL-3B on a data folder of yours; one node of 80 GB GPUs.", _qwen("3b")),
     "qwen2.5-vl-7b": ("Qwen2.5-VL-7B on a data folder of yours; one node of 80 GB GPUs.", _qwen("7b")),
 }

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
-
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     """Train, evaluate and show a model that learns to ground, on phantom films."""
@@ -26,6 +25,8 @@ class DemoConfig:
     """Phantom films to draw, 256 of them held out."""
     steps: int = 0
     """Training steps; 0 for those of the preset."""
+    base: str = ""
+    """Folder of the base model; empty for `out`/base."""
     base_steps: int = 0
     """Supervised steps of the base model; 0 for its own default."""
     ranks: int = 0
@@ -45,7 +46,7 @@ def run_demo(config: DemoConfig) -> None:
     """
     started = time.perf_counter()
     out = Path(config.out)
-    data, base, run = out / "data", out / "base", out / "grpo"
+    data, base, run = out / "data", Path(config.base or out / "base"), out / "grpo"
     if run.exists():
         print(f"{run}: an earlier demo's run, removed")
         shutil.rmtree(run)
@@ -99,5 +100,3 @@ def _table(summary: dict) -> str:
             f"{summary['seconds_total']:.0f} s in all on {summary['machine']}",
         ]
     )
-
-

@@ -38,9 +38,7 @@ def evaluate_curve(asker: Asker, splits: Splits, run: RunFolder | None, step: in
         run.log_held_out(step, scores["metrics"])
 
 
-def summarise(
-    config: Config, splits: Splits, run: RunFolder, facts: dict[str, Any], seconds: float
-) -> dict[str, Any]:
+def summarise(config: Config, splits: Splits, run: RunFolder, facts: dict[str, Any], seconds: float) -> dict[str, Any]:
     """The headline numbers, before and after.
 
     Args:

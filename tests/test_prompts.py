@@ -54,7 +54,9 @@ def test_positions_are_those_of_transformers(base_folder: Path):
 
 
 def test_positions_of_text_alone_and_of_two_images():
-    assert torch.equal(mrope_positions(torch.zeros(3, dtype=torch.bool), torch.zeros(0, 3)), torch.arange(3).expand(3, -1))
+    assert torch.equal(
+        mrope_positions(torch.zeros(3, dtype=torch.bool), torch.zeros(0, 3)), torch.arange(3).expand(3, -1)
+    )
     flags = torch.tensor([False, True, True, False, True, False])
     got = mrope_positions(flags, torch.tensor([[1, 1, 2], [1, 1, 1]]))
     assert got.tolist() == [[0, 1, 1, 3, 4, 5], [0, 1, 1, 3, 4, 5], [0, 1, 2, 3, 4, 5]]

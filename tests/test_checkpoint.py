@@ -1,0 +1,148 @@
+"""Exports that plain transformers loads; checkpoints that run no code."""
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from medground.checkpoint import _LayoutReader, export_policy, load_checkpoint, save_checkpoint
+from medground.datasets.manifest import load_records
+from medground.policy import load_policy
+from medground.prompts import load_processor, make_prompt
+from medground.rollout import roll_out
+from medground.sharding import gathered, join_ranks, shard
+
+PLAIN = """
+import json, sys, torch
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+folder, given = sys.argv[1:]
+assert "medground" not in sys.modules
+model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained(folder)
+out = []
+for prompt in torch.load(given, weights_only=True):
+    ids = prompt["input_ids"][None]
+    tokens = model.generate(
+        input_ids=ids, mm_token_type_ids=(ids == model.config.image_token_id).int(), do_sample=False,
+        pixel_values=prompt["pixel_values"], image_grid_thw=prompt["image_grid_thw"], max_new_tokens=24,
+    )[0, ids.shape[1]:]
+    out.append([tokens.tolist(), tokenizer.decode(tokens, skip_special_tokens=True)])
+print(json.dumps(out))
+"""
+
+
+def moved(base_folder: Path):
+    """A policy that is not the base model, and its optimizer."""
+    policy = load_policy(base_folder)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.01)
+    return policy
+
+
+def test_the_export_speaks_as_the_policy_does(base_folder: Path, phantoms: Path, tmp_path: Path):
+    processor = load_processor(base_folder, 56 * 56, 56 * 56)
+    examples = load_records(phantoms)[:4]
+    prompts = [make_prompt(e, Image.open(phantoms / e.image).convert("RGB"), processor, "brief") for e in examples]
+    with join_ranks() as ranks:
+        policy = shard(moved(base_folder), ranks, "float32")
+        with gathered(policy):
+            groups = roll_out(policy, processor.tokenizer, prompts, copies=1, max_new_tokens=24, temperature=0.0)
+        export_policy(tmp_path / "export", policy, base_folder, ranks)
+    fields = ("input_ids", "pixel_values", "image_grid_thw")
+    torch.save([{name: getattr(p, name) for name in fields} for p in prompts], tmp_path / "prompts.pt")
+    (tmp_path / "plain.py").write_text(PLAIN)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "plain.py"), str(tmp_path / "export"), str(tmp_path / "prompts.pt")],
+        capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    want = [[g.rollouts[0].tokens.tolist(), g.rollouts[0].text] for g in groups]
+    assert json.loads(done.stdout.splitlines()[-1]) == want
+
+
+def test_the_export_keeps_the_folders_dtype_and_layout(base_folder: Path, tmp_path: Path):
+    half = tmp_path / "half"
+    policy = load_policy(base_folder)
+    policy.vlm.to(torch.bfloat16).save_pretrained(half)
+    for file in base_folder.iterdir():
+        if file.name not in ("config.json", "model.safetensors"):
+            (half / file.name).write_bytes(file.read_bytes())
+    with join_ranks() as ranks:
+        export_policy(tmp_path / "export", shard(load_policy(half), ranks, "float32"), half, ranks)
+    from safetensors.torch import load_file
+
+    before, after = load_file(half / "model.safetensors"), load_file(tmp_path / "export" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(after[name].dtype == torch.bfloat16 and torch.equal(before[name], after[name]) for name in before)
+    assert {p.name for p in (tmp_path / "export").iterdir()} >= {"tokenizer.json", "preprocessor_config.json"}
+
+
+def test_tied_weights_are_exported_once(base_folder: Path, tmp_path: Path):
+    policy = load_policy(base_folder)
+    policy.vlm.config.tie_word_embeddings = policy.vlm.config.text_config.tie_word_embeddings = True
+    policy.vlm.lm_head.weight = policy.vlm.model.language_model.embed_tokens.weight
+    with join_ranks() as ranks:
+        sharded = shard(policy, ranks, "float32")
+        export_policy(tmp_path / "export", sharded, base_folder, ranks)
+    from safetensors.torch import load_file
+
+    names = load_file(tmp_path / "export" / "model.safetensors").keys()
+    assert "lm_head.weight" not in names and "model.embed_tokens.weight" in names
+    again = load_policy(tmp_path / "export").vlm
+    assert again.lm_head.weight is again.model.language_model.embed_tokens.weight
+
+
+@pytest.fixture
+def saved(base_folder: Path, tmp_path: Path):
+    """A saved checkpoint, with what it takes to load it."""
+    with join_ranks() as ranks:
+        policy = shard(moved(base_folder), ranks, "float32")
+        optimizer = torch.optim.AdamW(policy.parameters(), fused=True)
+        save_checkpoint(tmp_path, 3, policy, optimizer, ranks, keep=2)
+        yield tmp_path, policy, optimizer, ranks
+
+
+def test_the_newest_are_kept(saved):
+    folder, policy, optimizer, ranks = saved
+    (folder / ".step-000009.partial").mkdir()
+    for step in (7, 11):
+        save_checkpoint(folder, step, policy, optimizer, ranks, keep=2)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-000007", "step-000011"]
+    assert load_checkpoint(folder, policy, optimizer) == 11
+
+
+def test_a_folder_without_its_state_file_is_no_checkpoint(saved):
+    folder, policy, optimizer, _ = saved
+    (folder / "step-000099").mkdir()
+    assert load_checkpoint(folder, policy, optimizer) == 3
+    assert load_checkpoint(folder / "elsewhere", policy, optimizer) == 0
+
+
+class _Malice:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_a_malicious_pickle_is_not_executed(saved):
+    folder, policy, optimizer, _ = saved
+    trap = folder / "executed"
+    (folder / "step-000003" / ".metadata").write_bytes(pickle.dumps(_Malice(trap)))
+    with pytest.raises(ValueError, match="not the layout of a checkpoint: it names"):
+        load_checkpoint(folder, policy, optimizer)
+    assert not trap.exists()
+
+
+def test_the_layout_holds_tensors_alone(saved):
+    folder, *_ = saved
+    metadata = _LayoutReader(folder / "step-000003").read_metadata()
+    kinds = {type(entry).__name__ for entry in metadata.state_dict_metadata.values()}
+    assert kinds == {"TensorStorageMetadata"}

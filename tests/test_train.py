@@ -1,0 +1,276 @@
+"""The loop: ranks, resumption, micro-batches, references, exports; and what a user may get wrong."""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from medground.cli import main
+from medground.config import load_config
+from medground.records import Example
+from medground.train import _learning_rate, _order, train
+
+REPEATABLE = ("reward", "iou", "loss", "grad_norm", "kl", "entropy", "ratio_mean", "completion_tokens")
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "export" / "model.safetensors")
+
+
+def tokens(run: Path) -> list[str]:
+    return [json.loads(line)["completion"] for file in sorted(run.glob("samples/*")) for line in file.open()]
+
+
+def assert_same(a: Path, b: Path, atol: float) -> None:
+    assert tokens(a) == tokens(b)
+    for x, y in zip(metrics(a), metrics(b), strict=True):
+        for name in REPEATABLE:
+            assert x[name] == pytest.approx(y[name], abs=atol), (x["step"], name)
+    for name, weight in weights(a).items():
+        torch.testing.assert_close(weight, weights(b)[name], atol=atol, rtol=0, msg=name)
+
+
+def torchrun(ranks: int, *words: str, **environment: str) -> subprocess.CompletedProcess:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run([*launch, *words], env=env, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_job, tmp_path_factory) -> Path:
+    """Five steps on one rank, off-policy and with a reference, so that every term of the loss is there."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    train(tiny_job(out, **{"loss.inner-epochs": 2, "loss.beta": 0.05, "checkpoint.every": 2}))
+    return out
+
+
+def test_a_run_leaves_what_it_should(straight: Path):
+    names = {str(path.relative_to(straight)) for path in straight.rglob("*") if path.is_file()}
+    want = {"config.json", "environment.json", "metrics.jsonl", "summary.json", "report.html", "export/config.json"}
+    want |= {f"eval/step-{step:06d}{kind}" for step in (0, 5) for kind in (".json", ".shuffled.json", ".curve.json")}
+    want |= {f"eval/step-{step:06d}{kind}.predictions.jsonl" for step in (0, 5) for kind in ("", ".shuffled", ".curve")}
+    want |= {f"samples/step-{step:06d}.jsonl" for step in range(1, 6)}
+    assert want <= names
+    assert any(name.startswith("tensorboard/") for name in names)
+    assert sorted(path.name for path in (straight / "checkpoints").iterdir()) == ["step-000004", "step-000005"]
+    rows = metrics(straight)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    assert rows[0]["ratio_max"] != 1 and rows[1]["kl"] != 0
+    sample = json.loads((straight / "samples" / "step-000001.jsonl").read_text().splitlines()[0])
+    assert set(sample) == {
+        "id", "index", "completion", "finished", "boxes", "iou", "reward", "reward_format", "reward_spatial",
+        "advantage", "logp",
+    }  # fmt: skip
+    summary = json.loads((straight / "summary.json").read_text())
+    for key in ("miou_before", "miou_after", "miou_after_shuffled_images", "miou_blind_baseline", "side_after"):
+        assert 0 <= summary[key] <= 1
+    environment = json.loads((straight / "environment.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__ and len(environment["data_sha256"]) == 64
+
+
+def test_training_changes_every_weight(straight: Path, base_folder: Path):
+    before = load_file(base_folder / "model.safetensors")
+    after = weights(straight)
+    assert before.keys() == after.keys()
+    assert [name for name in before if torch.equal(before[name], after[name])] == []
+
+
+def test_two_ranks_equal_one(straight: Path, tiny_job, tmp_path: Path):
+    config = dataclasses.replace(load_config(straight / "config.json"), out=str(tmp_path / "two"))
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)).replace('"resume": false, ', ""))
+    done = torchrun(2, "-m", "medground.train", "--config", str(tmp_path / "config.json"))
+    assert done.returncode == 0, done.stderr
+    assert_same(straight, tmp_path / "two", atol=1e-5)
+    a, b = (json.loads((run / "eval" / "step-000005.json").read_text()) for run in (straight, tmp_path / "two"))
+    assert a == b
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(straight: Path, tmp_path: Path):
+    part = tmp_path / "part"
+    config = dataclasses.replace(load_config(straight / "config.json"), out=str(part))
+    shutil.copytree(straight, part)
+    # as a run stands that was killed in step 5, with half a line of metrics written
+    shutil.rmtree(part / "checkpoints" / "step-000005")
+    shutil.rmtree(part / "export")
+    for name in ("summary.json", "report.html", "eval/step-000005.json", "samples/step-000005.jsonl"):
+        (part / name).unlink()
+    text = (part / "metrics.jsonl").read_text()
+    (part / "metrics.jsonl").write_text(text[:-40])
+    (part / "config.json").write_text((part / "config.json").read_text().replace(str(straight), str(part)))
+    train(dataclasses.replace(config, resume=True))
+    assert_same(straight, part, atol=0)
+    assert (part / "eval" / "step-000005.json").read_text() == (straight / "eval" / "step-000005.json").read_text()
+
+
+def test_a_finished_run_can_be_resumed_without_harm(straight: Path):
+    before = weights(straight)
+    train(dataclasses.replace(load_config(straight / "config.json"), resume=True))
+    after = weights(straight)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert [row["step"] for row in metrics(straight)] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo"])
+def test_the_cut_into_micro_batches_changes_nothing(loss_type: str, tiny_job, tmp_path: Path):
+    for size in (1, 3):
+        changes = {"loss.loss-type": loss_type, "loss.micro-batch-groups": size, "steps": 2}
+        train(tiny_job(tmp_path / str(size), **changes))
+    assert_same(tmp_path / "1", tmp_path / "3", atol=1e-5)
+
+
+def test_a_frozen_vision_tower_stays(tiny_job, tmp_path: Path, base_folder: Path):
+    train(tiny_job(tmp_path / "run", steps=1, **{"model.freeze-vision": True, "model.gradient-checkpointing": True}))
+    before, after = load_file(base_folder / "model.safetensors"), weights(tmp_path / "run")
+    for name in before:
+        assert torch.equal(before[name], after[name]) == name.startswith("visual."), name
+
+
+def test_half_precision_trains(tiny_job, tmp_path: Path):
+    train(tiny_job(tmp_path / "run", steps=1, **{"model.precision": "bfloat16"}))
+    row = metrics(tmp_path / "run")[0]
+    assert math.isfinite(row["grad_norm"]) and 0.8 < row["ratio_min"] <= row["ratio_max"] < 1.25
+
+
+def test_learning_rate_rises_and_falls(tiny_job, tmp_path: Path):
+    changes = {"steps": 10, "optimizer.warmup-steps": 4, "optimizer.lr": 1.0, "optimizer.final-lr-fraction": 0.1}
+    config = tiny_job(tmp_path, **changes)
+    rates = [_learning_rate(config, step) for step in range(10)]
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 0.85, 0.7, 0.55, 0.4, 0.25])
+
+
+def test_every_epoch_has_every_record_once():
+    orders = [_order(17, seed=3, epoch=epoch) for epoch in range(3)]
+    assert all(sorted(order) == list(range(17)) for order in orders)
+    assert orders[0] != orders[1] != orders[2] and _order(17, 4, 0) != orders[0]
+
+
+# what a user may get wrong: exit status 2 and a sentence, before any step
+
+
+def say(capsys, words: list[str]) -> str:
+    assert main(["train", *words]) == 2
+    return capsys.readouterr().err
+
+
+def break_records(phantoms: Path, folder: Path, change) -> Path:
+    shutil.copytree(phantoms, folder)
+    rows = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+    change(folder, rows[0])
+    (folder / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+BROKEN = {
+    "missing image": (lambda folder, row: (folder / row["image"]).unlink(), "images/"),
+    "no boxes": (lambda folder, row: row.pop("boxes"), "boxes"),
+    "box outside": (lambda folder, row: row.update(boxes=[[1, 2, 300, 4]]), "300"),
+    "special token": (lambda folder, row: row.update(phrase="a <|image_pad|>"), "special tokens"),
+}
+
+
+@pytest.mark.parametrize("fault", list(BROKEN))
+def test_faulty_records(fault: str, phantoms: Path, base_folder: Path, tmp_path: Path, capsys):
+    change, named = BROKEN[fault]
+    folder = break_records(phantoms, tmp_path / "data", change)
+    words = ["demo", "--out", str(tmp_path / "run"), "--model.path", str(base_folder), "--data.path", str(folder)]
+    text = say(capsys, words)
+    assert named in text
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"--data.path": "no/such/folder"}, "no/such/folder"),
+        ({"--data.train-split": "dev"}, "dev"),
+        ({"--rollout.group-size": "1"}, "rollout.group_size: want >= 2 (advantages compare"),
+        ({"--rollout.temperature": "0"}, "rollout.temperature"),
+        ({"--model.path": "no/such/model/folder"}, "model.path: want a model folder or a name on the hub"),
+        ({"--optimizer.lr": "-1"}, "optimizer.lr"),
+    ],
+)
+def test_impossible_values(changes, named, phantoms: Path, base_folder: Path, tmp_path: Path, capsys):
+    values = {"--out": str(tmp_path / "run"), "--model.path": str(base_folder), "--data.path": str(phantoms)} | changes
+    assert named in say(capsys, ["demo", *(word for pair in values.items() for word in pair)])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_folder_without_processor(phantoms: Path, base_folder: Path, tmp_path: Path, capsys):
+    shutil.copytree(base_folder, tmp_path / "model")
+    (tmp_path / "model" / "preprocessor_config.json").unlink()
+    words = [
+        "demo",
+        "--out",
+        str(tmp_path / "r"),
+        "--model.path",
+        str(tmp_path / "model"),
+        "--data.path",
+        str(phantoms),
+    ]
+    assert "want a model folder with a processor" in say(capsys, words)
+
+
+def test_the_folder_of_another_run(straight: Path, tiny_job, tmp_path: Path):
+    with pytest.raises(ValueError, match="holds one"):
+        train(tiny_job(straight))
+    with pytest.raises(ValueError, match="has no config"):
+        train(tiny_job(tmp_path / "empty", resume=True))
+    config = load_config(straight / "config.json")
+    other = dataclasses.replace(config, resume=True, seed=5, optimizer=dataclasses.replace(config.optimizer, lr=5e-4))
+    with pytest.raises(ValueError, match=r"seed: 5 against 0; optimizer.lr: 0.0005 against 0.001"):
+        train(other)
+
+
+def test_ranks_with_different_configurations(phantoms: Path, base_folder: Path, tmp_path: Path):
+    script = tmp_path / "start.py"
+    script.write_text(
+        "import os, sys\nfrom medground.cli import main\n"
+        f"sys.exit(main(['train', 'demo', '--out', {str(tmp_path / 'run')!r}, '--model.path', {str(base_folder)!r}, "
+        f"'--data.path', {str(phantoms)!r}, '--seed', os.environ['RANK']]))\n"
+    )
+    done = torchrun(2, str(script))
+    assert done.returncode != 0
+    assert "rank 1 was started with another configuration than rank 0: seed: 0 against 1" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_prompts_that_ranks_cannot_share(tiny_job, tmp_path: Path, monkeypatch):
+    from medground import train as module
+
+    class Three:
+        size = 3
+
+        def gather(self, value):
+            return [value] * 3
+
+    with pytest.raises(ValueError, match=r"rollout.prompts_per_step: want a multiple of the 3 ranks; got 4"):
+        module._check(tiny_job(tmp_path), Three())
+
+
+def test_examples_are_shared_out_whole(tiny_job, tmp_path: Path):
+    from medground.train import _share
+
+    class Rank:
+        def __init__(self, rank, size):
+            self.rank, self.size = rank, size
+
+    config = tiny_job(tmp_path)
+    examples = [Example(str(i), "", 1, 1, "x", (), "", "", "", "", "train") for i in range(7)]
+    whole = [[e.id for e in _share(examples, config, Rank(0, 1), step)] for step in range(7)]
+    halves = [[e.id for r in range(2) for e in _share(examples, config, Rank(r, 2), step)] for step in range(7)]
+    assert whole == halves
+    stream = [name for step in whole for name in step]
+    assert all(sorted(stream[start : start + 7]) == [str(i) for i in range(7)] for start in range(0, 28, 7))
