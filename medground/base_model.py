@@ -103,6 +103,9 @@ def _lessons(config: BaseConfig, folder: Path) -> list[_Lesson]:
         return [lesson for film in rows for lesson in film]
 
 
+_worker: tuple[BaseConfig, Processor]  # of a process that draws
+
+
 def _start_worker(config: BaseConfig, folder: Path) -> None:
     global _worker
     torch.set_num_threads(1)

@@ -17,7 +17,7 @@ import os
 import pickle
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -64,7 +64,9 @@ def load_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimiz
     found = _checkpoints(folder)
     if not found:
         return 0
-    dcp.load(_state(policy, optimizer), storage_reader=_LayoutReader(found[-1]))
+    reader = _LayoutReader(found[-1])
+    reader.read_metadata()  # dcp.load would wrap its ValueError
+    dcp.load(_state(policy, optimizer), storage_reader=reader)
     return int(json.loads((found[-1] / STATE_FILE).read_text())["step"])
 
 
@@ -78,7 +80,7 @@ def export_policy(folder: Path, policy: Policy, model_folder: Path, ranks: Ranks
         ranks: the first writes.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    whole = get_model_state_dict(policy, options=options)
+    whole = cast(dict[str, Tensor], get_model_state_dict(policy, options=options))
     if not ranks.is_first:
         return
     config = copy.deepcopy(policy.vlm.config)

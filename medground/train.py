@@ -14,12 +14,13 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from medground.checkpoint import export_policy, load_checkpoint, save_checkpoint
@@ -167,7 +168,7 @@ def _update(
     stats, losses, norms = [], [], []
     for _ in range(config.loss.inner_epochs):
         for i, (rows, chunk, advantage) in enumerate(micro):
-            policy.set_requires_gradient_sync(i + 1 == len(micro))
+            cast(FSDPModule, policy).set_requires_gradient_sync(i + 1 == len(micro))
             new = policy(rows, T)
             loss, stat = grpo_loss(
                 new.logp,

@@ -31,7 +31,7 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from medground.base_model import build_base
 
     folder = tmp_path_factory.mktemp("base")
-    build_base(BaseConfig(out=str(folder), films=60, size=56, steps=40, batch_size=16, lr=5e-3))
+    build_base(BaseConfig(out=str(folder), films=100, size=56, steps=100, batch_size=16, lr=4e-3))
     return folder
 
 
@@ -52,10 +52,11 @@ def tiny_job(phantoms: Path, base_folder: Path):
             "loss.micro-batch-groups": 1,
             "evaluation.every": 0,
             "evaluation.curve-records": 4,
-            "optimizer.lr": 1e-3,
+            "optimizer.lr": 5e-4,
             "optimizer.warmup-steps": 2,
             "samples-every": 1,
         } | changes
-        return train_config(["demo", *(word for key, value in values.items() for word in (f"--{key}", str(value)))])
+        words = [[f"--{key}"] if value is True else [f"--{key}", str(value)] for key, value in values.items()]
+        return train_config(["demo", *(word for pair in words for word in pair)])
 
     return job
