@@ -3,8 +3,8 @@
 It stands in for the instruct model that GRPO starts from on a GPU: after a minute of plain supervision
 on phantom films it answers in the template, with boxes in about the right place. Its faults are put in on
 purpose, in the last third of the supervision: boxes are jittered and too large, some answers are
-malformed, and half of the one-sided boxes lie on the wrong side, as of a model that does not know that
-left is the patient's left. So its figures say nothing about any real model.
+malformed, and most of the one-sided boxes lie on the wrong side, as of a model that takes left for the
+image's left. So its figures say nothing about any real model.
 """
 
 import dataclasses
@@ -47,6 +47,8 @@ _CHAT = (
     "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# a log of the official 7B model puts 55 of 87 one-sided phrases on the wrong side
+_MIRRORED = 0.6
 _RECIPE = "recipe.json"
 _VERSION = 1  # of what the code below does; another number makes another model
 
@@ -248,7 +250,7 @@ def _worsen(prompt: Prompt, rng: np.random.Generator) -> tuple[Box, ...]:
     if rng.random() < 0.05:
         return ()
     one_sided = len(set(re.findall(r"\b(left|right)\b", example.phrase))) == 1
-    mirrored = one_sided and rng.random() < 0.5
+    mirrored = one_sided and rng.random() < _MIRRORED
     out = []
     for box in example.boxes:
         x1, y1, x2, y2 = to_processed(box, prompt)

@@ -29,11 +29,13 @@ class DemoConfig:
     """Folder of the base model; empty for `out`/base."""
     base_steps: int = 0
     """Supervised steps of the base model; 0 for its own default."""
+    base_films: int = 0
+    """Films that the base model learns from; 0 for its own default."""
     ranks: int = 0
     """Processes of torchrun; 0 for one a GPU, or two on a CPU."""
 
     def __post_init__(self) -> None:
-        for name in ("films", "steps", "base_steps", "ranks", "seed"):
+        for name in ("films", "steps", "base_steps", "base_films", "ranks", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: want >= 0; got {getattr(self, name)}")
 
@@ -54,6 +56,7 @@ def run_demo(config: DemoConfig) -> None:
     _run([python, "-m", "medground", "data", "phantom", "--out", str(data), "--count", str(config.films)]
          + ["--seed", str(config.seed)])  # fmt: skip
     some = ["--steps", str(config.base_steps)] if config.base_steps else []
+    some += ["--films", str(config.base_films)] if config.base_films else []
     _run([python, "-m", "medground", "base", "--out", str(base), *some])
     ranks = config.ranks or _gpus() or 2
     launch = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]

@@ -4,9 +4,13 @@ Boxes are xyxy. *Original* boxes are in pixels of the image file, *processed* bo
 the resized image that the model sees (Qwen2.5-VL speaks these).
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor  # a second to import, which `medground data` does not need
 
 Box = tuple[float, float, float, float]
 

@@ -1,0 +1,113 @@
+"""The command: help at once, verbs that reach their code, mistakes named in one line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from medground import cli
+from medground.cli import main, train_config
+from medground.config import PRESETS, save_config
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--help"], ["train", "--help"], ["train", "demo", "--help"], ["data", "phantom", "--help"], ["base", "--help"]]
+    + [["demo", "--help"], ["report", "--help"]],
+)
+def test_help_needs_no_torch(words: list[str]):
+    # torch takes seconds to import; help must come at once
+    code = f"""
+import sys
+from medground.cli import main
+try:
+    status = main({words!r})
+except SystemExit as stop:
+    status = stop.code
+assert status == 0 and "torch" not in sys.modules, status
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "usage: medground" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["fly"], "unknown command 'fly'"),
+        (["data", "fly"], "unknown command 'data fly'"),
+        (["train", "fly"], "unknown preset 'fly'; known are demo, qwen2.5-vl-3b, qwen2.5-vl-7b"),
+        (["train", "--config"], "--config: want a file name"),
+        (["train", "--config", "no/such.json"], "no/such.json: want a configuration file"),
+    ],
+)
+def test_mistakes_are_named(words: list[str], named: str, capsys):
+    assert main(words) == 2
+    out = capsys.readouterr()
+    assert named in out.err and "Traceback" not in out.err
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["train", "demo", "--rollout.groupsize", "4"], "--rollout.groupsize"),
+        (["train", "demo", "--steps", "many"], "--steps"),
+        (["train", "demo", "--loss.kl", "k9"], "--loss.kl"),
+        (["data", "phantom", "--out", "x", "--size", "3"], "size"),
+        (["base"], "--out"),
+    ],
+)
+def test_wrong_options_are_named(words: list[str], named: str, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    assert named in capsys.readouterr().err
+
+
+def test_only_one_rank_tells(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert main(["fly"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_nothing_asked_shows_the_commands(capsys):
+    assert main([]) == 2
+    assert "commands:" in capsys.readouterr().out
+
+
+def test_a_saved_configuration_is_taken_up_again(tmp_path: Path):
+    config = train_config(["demo", "--steps", "7", "--loss.beta", "0.1", "--model.freeze-vision"])
+    assert (config.steps, config.loss.beta, config.model.freeze_vision) == (7, 0.1, True)
+    save_config(config, tmp_path / "config.json")
+    again = train_config(["--config", str(tmp_path / "config.json"), "--seed", "3"])
+    assert again.seed == 3 and again.loss == config.loss and again.steps == 7
+    assert PRESETS["demo"][1].steps != 7
+
+
+def test_phantom_and_report_verbs(tmp_path: Path, capsys, monkeypatch):
+    words = ["--out", str(tmp_path / "data"), "--count", "12", "--val", "3", "--test", "3", "--size", "56"]
+    assert main(["data", "phantom", *words]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "data" / "records.jsonl").read_text().splitlines()]
+    assert len(rows) >= 12
+    assert main(["report", str(tmp_path / "none"), str(tmp_path / "data")]) == 2
+    assert str(tmp_path / "none") in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main(["report", "one"])
+    assert stop.value.code == 2
+
+
+def test_verbs_hand_over_their_options(monkeypatch, tmp_path: Path):
+    import medground.base_model
+    import medground.demo
+    import medground.train
+
+    seen = []
+    for module, name in ((medground.base_model, "build_base"), (medground.demo, "run_demo"), (medground.train, "train")):
+        monkeypatch.setattr(module, name, seen.append)
+    assert main(["base", "--out", "b", "--steps", "3"]) == 0
+    assert main(["demo", "--films", "700"]) == 0
+    assert main(["train", "demo", "--steps", "9"]) == 0
+    assert (seen[0].steps, seen[1].films, seen[2].steps) == (3, 700, 9)
+    assert set(cli._COMMANDS) == {"demo", "data phantom", "base", "train", "report"}
