@@ -72,7 +72,7 @@ gpu: $(LINK)
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
 	  echo "torch.cuda.is_available() is False for '$(PYTHON)': make gpu needs an NVIDIA GPU and a CUDA build" >&2; exit 1; }
 	$(PYTHON) -m pytest tests -q $(ARGS)
-	@if [ -n "$$(find bench -name '*.py' 2>/dev/null)" ]; then set -x; $(PYTHON) -m pytest bench -q; fi
+	@if [ -n "$$(find bench -name 'bench_*.py' 2>/dev/null)" ]; then set -x; $(PYTHON) -m pytest bench -q; fi
 
 clean:
 	rm -rf $(VENV) .path build *.egg-info .coverage .coverage.* .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -65,7 +65,8 @@ def train(config: Config) -> None:
         if not done:
             evaluate_test(asker, splits, run, step=0)
         _steps(asker, reference, optimizer, splits, run, done)
-        if done < config.steps:
+        # a run may have been stopped between its last checkpoint and its last evaluation
+        if done < config.steps or not ranks.gather((Path(config.out) / "eval" / f"step-{done:06d}.json").exists())[0]:
             evaluate_test(asker, splits, run, step=config.steps)
         export_policy(Path(config.out) / "export", policy, model_folder, ranks)
         if run:
@@ -121,7 +122,7 @@ def _steps(
         clock.lap("update")
 
         metrics = {"step": step + 1} | totals.means | updated | clock.seconds(totals.tokens)
-        if step % config.samples_every == 0 or step + 1 == config.steps:
+        if (step + 1) % config.samples_every == 0 or step in (0, config.steps - 1):
             rows = ranks.gather(_sample_rows(groups, answers, rewards, advantages))
             if run:
                 run.write_rows(f"samples/step-{step + 1:06d}.jsonl", (row for share in rows for row in share))

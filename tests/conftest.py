@@ -1,6 +1,7 @@
 """What every test needs: switches that must be set before torch and Triton load, and a tiny job."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,13 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def on_the_gpu() -> Iterator[None]:
+    """New tensors lie on the GPU where there is one."""
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -60,7 +60,7 @@ def start_run(folder, steps=(1, 2, 3, 4)):
     rng = np.random.default_rng(0)
     for i in range(5):
         Image.fromarray(rng.integers(0, 256, (48, 64), dtype=np.uint8)).save(data / f"images/{i}.png")
-    config = PRESETS["demo"][1]
+    config = dataclasses.replace(PRESETS["demo"][1], steps=150)
     save_config(dataclasses.replace(config, model=dataclasses.replace(config.model, path=HOSTILE)), run / "config.json")
     environment = {
         "versions": {"torch": "2.11", "note": HOSTILE},

@@ -104,7 +104,11 @@ def test_verbs_hand_over_their_options(monkeypatch, tmp_path: Path):
     import medground.train
 
     seen = []
-    for module, name in ((medground.base_model, "build_base"), (medground.demo, "run_demo"), (medground.train, "train")):
+    for module, name in (
+        (medground.base_model, "build_base"),
+        (medground.demo, "run_demo"),
+        (medground.train, "train"),
+    ):
         monkeypatch.setattr(module, name, seen.append)
     assert main(["base", "--out", "b", "--steps", "3"]) == 0
     assert main(["demo", "--films", "700"]) == 0

@@ -5,6 +5,8 @@ import torch
 
 from medground_kernels.group_advantage import group_advantage
 
+pytestmark = pytest.mark.usefixtures("on_the_gpu")
+
 
 @pytest.mark.parametrize("normalize", ["group", "none"])
 def test_equals_the_definition(normalize):

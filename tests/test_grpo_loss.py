@@ -7,6 +7,8 @@ import torch
 
 from medground_kernels.grpo_loss import STAT_NAMES, GrpoOptions, grpo_loss
 
+pytestmark = pytest.mark.usefixtures("on_the_gpu")
+
 
 def slow_loss(logp, advantages, cu_seqlens, old_logp, ref_logp, options, total_tokens):
     N, S = len(logp), len(advantages)
@@ -30,12 +32,12 @@ def slow_loss(logp, advantages, cu_seqlens, old_logp, ref_logp, options, total_t
 
 
 def case(seed=0, lengths=(3, 1, 7, 0, 2)):
-    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
     N = sum(lengths)
-    logp = -torch.rand(N, generator=generator, dtype=torch.float64) * 3
-    old = logp + torch.randn(N, generator=generator, dtype=torch.float64) * 0.3
-    ref = logp + torch.randn(N, generator=generator, dtype=torch.float64) * 0.5
-    advantages = torch.randn(len(lengths), generator=generator, dtype=torch.float64)
+    logp = -torch.rand(N, dtype=torch.float64) * 3
+    old = logp + torch.randn(N, dtype=torch.float64) * 0.3
+    ref = logp + torch.randn(N, dtype=torch.float64) * 0.5
+    advantages = torch.randn(len(lengths), dtype=torch.float64)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     return logp, advantages, cu_seqlens, old, ref
 

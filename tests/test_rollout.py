@@ -12,10 +12,12 @@ from medground.prompts import Processor, load_processor, make_prompt
 from medground.records import Prompt
 from medground.rollout import roll_out
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
 
 @pytest.fixture(scope="module")
 def model(base_folder: Path) -> tuple[Policy, Processor]:
-    return load_policy(base_folder).eval(), load_processor(base_folder, 28 * 28, 84 * 84)
+    return load_policy(base_folder).eval().to(DEVICE), load_processor(base_folder, 28 * 28, 84 * 84)
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +40,10 @@ def test_greedy_equals_generate(model, prompts):
     policy, processor = model
     for prompt, group in zip(prompts, sample(model, prompts, temperature=0.0, copies=1), strict=True):
         out = policy.vlm.generate(
-            input_ids=prompt.input_ids[None],
-            mm_token_type_ids=(prompt.input_ids == policy.image_token).int()[None],
-            pixel_values=prompt.pixel_values,
-            image_grid_thw=prompt.image_grid_thw,
+            input_ids=prompt.input_ids[None].to(DEVICE),
+            mm_token_type_ids=(prompt.input_ids == policy.image_token).int()[None].to(DEVICE),
+            pixel_values=prompt.pixel_values.to(DEVICE),
+            image_grid_thw=prompt.image_grid_thw.to(DEVICE),
             do_sample=False,
             max_new_tokens=20,
             suppress_tokens=policy.never_sampled,
@@ -67,8 +69,8 @@ def test_a_completion_depends_on_nothing_but_its_own_stream(model, prompts):
 def test_logps_are_those_of_the_training_forward(model, prompts):
     groups = sample(model, prompts, temperature=0.8)
     assert len({len(r.tokens) for g in groups for r in g.rollouts}) > 1
-    rows = pack_rows(groups, model[0].image_token, torch.device("cpu"))
-    scored = model[0](rows, 0.8).logp
+    rows = pack_rows(groups, model[0].image_token, DEVICE)
+    scored = model[0](rows, 0.8).logp.cpu()
     sampled = torch.cat([r.logp for g in groups for r in g.rollouts])
     torch.testing.assert_close(scored, sampled, atol=1e-5, rtol=0)
 
@@ -76,18 +78,22 @@ def test_logps_are_those_of_the_training_forward(model, prompts):
 def test_rows_score_as_one_row_at_a_time(model, prompts):
     groups = sample(model, prompts)
     policy = model[0]
-    scored = policy(pack_rows(groups, policy.image_token, torch.device("cpu")), 1.0).logp
+    scored = policy(pack_rows(groups, policy.image_token, DEVICE), 1.0).logp.cpu()
     at = 0
     for group in groups:
         prompt = group.prompt
         for rollout in group.rollouts:
-            ids = torch.cat([prompt.input_ids, rollout.tokens])[None]
-            logits = policy.vlm(
-                input_ids=ids,
-                mm_token_type_ids=(ids == policy.image_token).int(),
-                pixel_values=prompt.pixel_values,
-                image_grid_thw=prompt.image_grid_thw,
-            ).logits[0, len(prompt.input_ids) - 1 : -1]
+            ids = torch.cat([prompt.input_ids, rollout.tokens])[None].to(DEVICE)
+            logits = (
+                policy.vlm(
+                    input_ids=ids,
+                    mm_token_type_ids=(ids == policy.image_token).int(),
+                    pixel_values=prompt.pixel_values.to(DEVICE),
+                    image_grid_thw=prompt.image_grid_thw.to(DEVICE),
+                )
+                .logits[0, len(prompt.input_ids) - 1 : -1]
+                .cpu()
+            )
             want = logits.log_softmax(-1).gather(-1, rollout.tokens[:, None])[:, 0]
             torch.testing.assert_close(scored[at : at + len(want)], want, atol=1e-5, rtol=0)
             at += len(want)
@@ -108,9 +114,11 @@ def test_image_tokens_are_never_sampled(model, prompts):
     policy = model[0]
     head = policy.vlm.lm_head.weight
     before = head.detach().clone()
+    # whatever the hidden state, one of an opposite pair is likelier than all other tokens together
+    signs = torch.tensor([1.0, -1.0] * 2, device=DEVICE)[: len(policy.never_sampled), None]
     try:
         with torch.no_grad():
-            head[policy.never_sampled] = head.abs().max() * 50 * torch.sign(torch.randn(len(policy.never_sampled), 1))
+            head[policy.never_sampled] = head.abs().max() * 50 * signs
         for group in sample(model, prompts, copies=4, max_new_tokens=8):
             for rollout in group.rollouts:
                 assert not set(rollout.tokens.tolist()) & set(policy.never_sampled)

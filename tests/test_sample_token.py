@@ -5,6 +5,8 @@ import torch
 
 from medground_kernels.sample_token import _philox, sample_token
 
+pytestmark = pytest.mark.usefixtures("on_the_gpu")
+
 
 @pytest.mark.parametrize(
     ("counter", "key", "want"),

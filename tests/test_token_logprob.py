@@ -6,6 +6,8 @@ import torch
 from medground_kernels.linear_logprob import linear_logprob
 from medground_kernels.token_logprob import token_logprob
 
+pytestmark = pytest.mark.usefixtures("on_the_gpu")
+
 
 def truth(logits, targets, temperature):
     logp = (logits.double() / temperature).log_softmax(-1)

@@ -7,6 +7,7 @@ films belong to patients with two films; both show the same build, in another po
 import dataclasses
 import itertools
 import json
+import multiprocessing
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -172,7 +173,8 @@ def _map(jobs: list[_Job], workers: int) -> Iterator[list[Example]]:
     if workers == 1:
         yield from map(_write_film, jobs)
         return
-    with ProcessPoolExecutor(workers) as pool:
+    # spawned: forking a process that has threads can hang
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         yield from pool.map(_write_film, jobs, chunksize=32)
 
 
