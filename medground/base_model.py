@@ -3,7 +3,7 @@
 It stands in for the instruct model that GRPO starts from on a GPU: after a minute of plain supervision
 on phantom films it answers in the template, with boxes in about the right place. Its faults are put in on
 purpose, in the last third of the supervision: boxes are jittered and too large, some answers are
-malformed, and most of the one-sided boxes lie on the wrong side, as of a model that takes left for the
+malformed, and more than half of the one-sided boxes lie on the wrong side, as of a model that takes left for the
 image's left. So its figures say nothing about any real model.
 """
 
@@ -48,7 +48,7 @@ _CHAT = (
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 # a log of the official 7B model puts 55 of 87 one-sided phrases on the wrong side
-_MIRRORED = 0.6
+_MIRRORED = 0.55
 _RECIPE = "recipe.json"
 _VERSION = 1  # of what the code below does; another number makes another model
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from medground.records import Group
+from medground.records import Answer, Group
 from medground_kernels.grpo_loss import STAT_NAMES
 
 if TYPE_CHECKING:
@@ -73,6 +73,29 @@ def update_statistics(
         else:
             out[name] = float(column.max() if name.endswith("_max") else (column * tokens).sum() / tokens.sum())
     return out
+
+
+def sample_rows(
+    groups: Sequence[Group], answers: Sequence[Sequence[Answer]], rewards: Rewards, advantages: Tensor
+) -> list[dict[str, Any]]:
+    """What this rank's completions were and earned: the lines of samples/step-*.jsonl."""
+    return [
+        {
+            "id": group.prompt.example.id,
+            "index": g,
+            "completion": rollout.text,
+            "finished": rollout.finished,
+            "boxes": answers[b][g].boxes,
+            "iou": rewards.iou[b, g].item(),
+            "reward": rewards.total[b, g].item(),
+            "reward_format": rewards.format[b, g].item(),
+            "reward_spatial": rewards.spatial[b, g].item(),
+            "advantage": advantages[b, g].item(),
+            "logp": rollout.logp.sum().item(),
+        }
+        for b, group in enumerate(groups)
+        for g, rollout in enumerate(group.rollouts)
+    ]
 
 
 class Clock:

@@ -10,11 +10,11 @@ micro-batch.
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from huggingface_hub import snapshot_download
@@ -29,13 +29,13 @@ from medground.datasets.manifest import load_records, records_hash, select
 from medground.evaluate import Asker, read_answer
 from medground.policy import Policy, load_policy, pack_rows
 from medground.prompts import check_phrase, load_processor
-from medground.records import Answer, Example, Group
+from medground.records import Example, Group, Prompt
 from medground.report.page import write_report
-from medground.rewards.total import Rewards, score_answers
+from medground.rewards.total import score_answers
 from medground.rollout import roll_out
 from medground.run_folder import RunFolder, check_folder, environment
 from medground.sharding import Ranks, gathered, join_ranks, shard
-from medground.step_metrics import Clock, Totals, step_totals, update_statistics
+from medground.step_metrics import Clock, Totals, sample_rows, step_totals, update_statistics
 from medground.summary import Splits, evaluate_curve, evaluate_test, summarise
 from medground_kernels.group_advantage import group_advantage
 from medground_kernels.grpo_loss import GrpoOptions, grpo_loss
@@ -85,18 +85,11 @@ def _steps(
 ) -> None:
     """Every step from `done` on."""
     config, ranks, policy = asker.config, asker.ranks, asker.policy
-    prefetch = ThreadPoolExecutor(1)  # the next step's images are read while this one runs
-
-    def prompts_of(step: int) -> list:
-        return [asker.prompt(example) for example in _share(splits.train, config, ranks, step)]
-
-    waiting = prefetch.submit(prompts_of, done) if done < config.steps else None
+    batches = _batches(asker, splits.train, done)
     bar = tqdm(range(done, config.steps), initial=done, total=config.steps, desc="GRPO", disable=not ranks.is_first)
     for step in bar:
         clock = Clock()
-        assert waiting is not None
-        prompts = waiting.result()
-        waiting = prefetch.submit(prompts_of, step + 1) if step + 1 < config.steps else None
+        prompts = next(batches)
         clock.lap("data")
 
         with gathered(policy):
@@ -122,19 +115,33 @@ def _steps(
         clock.lap("update")
 
         metrics = {"step": step + 1} | totals.means | updated | clock.seconds(totals.tokens)
-        if (step + 1) % config.samples_every == 0 or step in (0, config.steps - 1):
-            rows = ranks.gather(_sample_rows(groups, answers, rewards, advantages))
-            if run:
-                run.write_rows(f"samples/step-{step + 1:06d}.jsonl", (row for share in rows for row in share))
         if run:
             run.log(metrics)
             bar.set_postfix_str(f"reward {metrics['reward']:.3f}, IoU {metrics['iou']:.3f}")
+        if (step + 1) % config.samples_every == 0 or step in (0, config.steps - 1):
+            shares = ranks.gather(sample_rows(groups, answers, rewards, advantages))
+            if run:
+                run.write_rows(f"samples/step-{step + 1:06d}.jsonl", (row for share in shares for row in share))
         if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.steps:
             folder = Path(config.out) / "checkpoints"
             save_checkpoint(folder, step + 1, policy, optimizer, ranks, config.checkpoint.keep)
         if config.evaluation.every and (step + 1) % config.evaluation.every == 0 and step + 1 < config.steps:
             evaluate_curve(asker, splits, run, step + 1)
-    prefetch.shutdown()
+
+
+def _batches(asker: Asker, examples: Sequence[Example], first: int) -> Iterator[list[Prompt]]:
+    """This rank's prompts of each step from `first` on; the next step's are made while one runs."""
+
+    def prompts_of(step: int) -> list[Prompt]:
+        return [asker.prompt(example) for example in _share(examples, asker.config, asker.ranks, step)]
+
+    with ThreadPoolExecutor(1) as maker:
+        waiting = maker.submit(prompts_of, first)
+        for step in range(first, asker.config.steps):
+            prompts = waiting.result()
+            if step + 1 < asker.config.steps:
+                waiting = maker.submit(prompts_of, step + 1)
+            yield prompts
 
 
 def _update(
@@ -149,14 +156,7 @@ def _update(
     step: int,
 ) -> dict[str, float]:
     """`inner_epochs` optimizer steps on this rank's groups; how they are cut changes nothing."""
-    options = GrpoOptions(
-        loss_type=config.loss.loss_type,
-        epsilon_low=config.loss.epsilon_low,
-        epsilon_high=config.loss.epsilon_high,
-        beta=config.loss.beta,
-        kl=config.loss.kl,
-        max_completion_length=config.rollout.max_new_tokens,
-    )
+    options = _options(config)
     size, T = config.loss.micro_batch_groups, config.rollout.temperature
     cuts = [slice(start, start + size) for start in range(0, len(groups), size)]
     micro = [(pack_rows(groups[cut], policy.image_token, ranks.device), groups[cut], advantages[cut]) for cut in cuts]
@@ -191,6 +191,17 @@ def _update(
         optimizer.step()
         optimizer.zero_grad()
     return update_statistics(stats, losses, norms, config.loss.inner_epochs, ranks) | {"lr": lr}
+
+
+def _options(config: Config) -> GrpoOptions:
+    return GrpoOptions(
+        loss_type=config.loss.loss_type,
+        epsilon_low=config.loss.epsilon_low,
+        epsilon_high=config.loss.epsilon_high,
+        beta=config.loss.beta,
+        kl=config.loss.kl,
+        max_completion_length=config.rollout.max_new_tokens,
+    )
 
 
 def _learning_rate(config: Config, step: int) -> float:
@@ -260,28 +271,6 @@ def _optimizer(policy: Policy, config: Config) -> torch.optim.Optimizer:
     o = config.optimizer
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     return torch.optim.AdamW(trained, lr=o.lr, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay, fused=True)
-
-
-def _sample_rows(
-    groups: Sequence[Group], answers: Sequence[Sequence[Answer]], rewards: Rewards, advantages: Tensor
-) -> list[dict[str, Any]]:
-    return [
-        {
-            "id": group.prompt.example.id,
-            "index": g,
-            "completion": rollout.text,
-            "finished": rollout.finished,
-            "boxes": answers[b][g].boxes,
-            "iou": rewards.iou[b, g].item(),
-            "reward": rewards.total[b, g].item(),
-            "reward_format": rewards.format[b, g].item(),
-            "reward_spatial": rewards.spatial[b, g].item(),
-            "advantage": advantages[b, g].item(),
-            "logp": rollout.logp.sum().item(),
-        }
-        for b, group in enumerate(groups)
-        for g, rollout in enumerate(group.rollouts)
-    ]
 
 
 if __name__ == "__main__":
