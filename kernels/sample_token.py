@@ -61,10 +61,14 @@ def _gumbel(seeds: Tensor, step: int, V: int) -> Tensor:
     quads = torch.arange(-(-V // 4), device=seeds.device)
     counter = [quads[None], torch.full_like(quads, step)[None], torch.zeros_like(quads)[None]]
     words = _philox(counter[0], counter[1], counter[2], counter[2], seeds[:, None])
-    bits = torch.stack(words, -1).flatten(1)[:, :V]
-    # 24 bits, off the ends: u in (0, 1)
-    u = ((bits >> 8).float() + 0.5) * 2.0**-24
+    u = _uniform(torch.stack(words, -1).flatten(1)[:, :V])
     return -(-u.log()).log()
+
+
+def _uniform(bits: Tensor) -> Tensor:
+    """32 random bits -> float32 strictly between 0 and 1."""
+    # 23 of them: with 24, k + 0.5 would round up and u reach 1, where the noise is infinite
+    return ((bits >> 9).float() + 0.5) * 2.0**-23
 
 
 def _philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tensor) -> list[Tensor]:

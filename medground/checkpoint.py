@@ -6,7 +6,8 @@ order, every random number and the learning rate are functions of them, so there
 
 It is written aside and renamed when complete, so a folder `step-*` is whole. No pickle that could run
 code is loaded: tensors are read with `weights_only`, and the layout, which DCP keeps as a pickle, through
-an unpickler that knows the dozen classes a layout is made of.
+an unpickler that knows the dozen classes a layout of tensors is made of. (Not that of entries that are bytes,
+which DCP would unpickle.)
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ class _LayoutUnpickler(pickle.Unpickler):
         | {
             ("torch.distributed.checkpoint.metadata", name)
             for name in (
-                "BytesStorageMetadata", "ChunkStorageMetadata", "MetadataIndex", "Metadata", "StorageMeta",
+                "ChunkStorageMetadata", "MetadataIndex", "Metadata", "StorageMeta",
                 "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
             )
         }
@@ -149,6 +150,8 @@ class _LayoutUnpickler(pickle.Unpickler):
             ("torch.serialization", "_get_layout"),
             ("pathlib", "PosixPath"),
             ("pathlib", "Path"),
+            ("pathlib._local", "PosixPath"),  # where Python 3.13 has them
+            ("pathlib._local", "Path"),
             ("collections", "OrderedDict"),
         }
     )  # fmt: skip

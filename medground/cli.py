@@ -41,9 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"unknown command {name!r}; known are {', '.join(_COMMANDS)}")
         _COMMANDS[name](words[len(name.split()) :])
     except ValueError as error:
-        # under torchrun every rank knows the mistake, and one tells
-        if os.environ.get("RANK", "0") == "0":
-            print(f"medground: error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        known_to_all = type(error).__name__ == "SharedError"  # of medground.sharding, which imports torch
+        if rank == "0" or not known_to_all:
+            print(f"medground: error{'' if rank == '0' else f' on rank {rank}'}: {error}", file=sys.stderr)
         return 2
     return 0
 
@@ -62,6 +63,8 @@ def train_config(words: list[str]) -> Config:
         ValueError: the preset or the file is not usable, or a value is impossible.
         SystemExit: an option is unknown or of the wrong type; tyro has named it.
     """
+    if words and words[0].startswith("--config="):
+        words = ["--config", words[0].removeprefix("--config="), *words[1:]]
     if words[:1] == ["--config"]:
         if len(words) < 2:
             raise ValueError("--config: want a file name; got none")

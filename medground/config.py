@@ -252,6 +252,7 @@ def _qwen(size: str) -> Config:
         steps=1000,
         model=ModelConfig(path=f"Qwen/Qwen2.5-VL-{size.upper()}-Instruct", gradient_checkpointing=True),
         data=DataConfig(path="data/ms-cxr", max_pixels=644 * 644),
+        loss=LossConfig(micro_batch_groups=1),  # all logits of a micro-batch are in memory
     )
 
 

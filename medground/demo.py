@@ -12,6 +12,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from medground.config import PRESETS
+
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
@@ -47,9 +49,12 @@ def run_demo(config: DemoConfig) -> None:
         ValueError: one of its commands failed.
     """
     started = time.perf_counter()
+    B = PRESETS["demo"][1].rollout.prompts_per_step
     out = Path(config.out)
     data, base, run = out / "data", Path(config.base or out / "base"), out / "grpo"
     if run.exists():
+        if not (run / "config.json").is_file():
+            raise ValueError(f"{run}: want the run of an earlier demo, to replace it; it holds something else")
         print(f"{run}: an earlier demo's run, removed")
         shutil.rmtree(run)
     python = sys.executable
@@ -58,7 +63,8 @@ def run_demo(config: DemoConfig) -> None:
     some = ["--steps", str(config.base_steps)] if config.base_steps else []
     some += ["--films", str(config.base_films)] if config.base_films else []
     _run([python, "-m", "medground", "base", "--out", str(base), *some])
-    ranks = config.ranks or _gpus() or 2
+    # as many ranks as share the prompts of a step evenly
+    ranks = config.ranks or max((n for n in range(1, _gpus() + 1) if B % n == 0), default=2)
     launch = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     steps = ["--steps", str(config.steps)] if config.steps else []
     _run([*launch, "-m", "medground.train", "demo", "--out", str(run), "--model.path", str(base)]

@@ -49,11 +49,11 @@ class Rows(NamedTuple):
     copies: Tensor
 
 
-def load_policy(folder: Path) -> "Policy":
-    """Load a Qwen2.5-VL model folder in float32, from safetensors alone.
+def check_model(folder: Path) -> None:
+    """See whether a folder holds a Qwen2.5-VL with weights as safetensors.
 
     Raises:
-        ValueError: the folder holds no such model.
+        ValueError: it does not.
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: want a model folder with config.json; it has none")
@@ -62,6 +62,15 @@ def load_policy(folder: Path) -> "Policy":
         raise ValueError(f"{folder}: want model_type qwen2_5_vl; got {kind!r}")
     if not list(folder.glob("*.safetensors")):
         raise ValueError(f"{folder}: want weights as .safetensors; it has none")
+
+
+def load_policy(folder: Path) -> "Policy":
+    """Load a Qwen2.5-VL model folder in float32, from safetensors alone.
+
+    Raises:
+        ValueError: the folder holds no such model.
+    """
+    check_model(folder)
     vlm = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True
     )

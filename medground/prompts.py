@@ -53,10 +53,15 @@ def load_processor(folder: Path, min_pixels: int, max_pixels: int) -> Processor:
     if not (folder / "tokenizer_config.json").is_file():
         raise ValueError(f"{folder}: want a model folder with a tokenizer (tokenizer_config.json); it has none")
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    separate = folder / "chat_template.json"
+    if tokenizer.chat_template is None and separate.is_file():
+        tokenizer.chat_template = json.loads(separate.read_text())["chat_template"]
     if tokenizer.chat_template is None:
         raise ValueError(f"{folder}: want a tokenizer with a chat template; it has none")
     size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
-    return Processor(tokenizer, Qwen2VLImageProcessorPil.from_pretrained(folder, size=size))
+    # the hub's files have min_pixels and max_pixels, which would go before size
+    images = Qwen2VLImageProcessorPil.from_pretrained(folder, size=size, min_pixels=min_pixels, max_pixels=max_pixels)
+    return Processor(tokenizer, images)
 
 
 def make_prompt(example: Example, image: Image.Image, processor: Processor, template: str) -> Prompt:

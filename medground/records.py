@@ -66,7 +66,7 @@ class Rollout:
     Attributes:
         tokens: [C], int64, the stop token included when there is one.
         logp: [C], float32, log-probability of each token under the policy that sampled it.
-        text: the completion without special tokens.
+        text: the completion, without the stop token.
         finished: False when it was cut at the token limit.
     """
 

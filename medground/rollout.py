@@ -2,7 +2,8 @@
 
 Every row's random numbers depend on (run seed, step, record id, completion index) alone, so the same
 completions come out whatever the batch or the number of ranks. The model's own generation_config is
-never used: tokens come from exactly the distribution that the loss assumes.
+used but for its stop tokens: tokens come from exactly the distribution that the loss assumes, image and video
+tokens aside, which are never drawn.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ def roll_out(
         Rollout(
             tokens=token_rows[row, :length].clone(),
             logp=logp_rows[row, :length].clone(),
-            text=tokenizer.decode(token_rows[row, :length], skip_special_tokens=True),
+            # a special token within the completion is part of what was said; the one that ends it is not
+            text=tokenizer.decode(token_rows[row, : length - done]),
             finished=done,
         )
         for row, (length, done) in enumerate(zip(lengths, finished, strict=True))
@@ -82,8 +84,11 @@ def roll_out(
 
 
 def _stop_tokens(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    found = {tokenizer.eos_token_id, policy.vlm.config.text_config.eos_token_id}
-    return sorted(token for token in found if token is not None)
+    model = (policy.vlm.config.text_config.eos_token_id, policy.vlm.generation_config.eos_token_id)
+    found: set[int] = set()
+    for ids in (tokenizer.eos_token_id, *model):
+        found |= set(ids) if isinstance(ids, list) else {ids} - {None}
+    return sorted(found)
 
 
 def _stream(name: str) -> int:

@@ -18,21 +18,31 @@ from medground import __version__
 from medground.config import Config, differing_fields, load_config, save_config
 
 
-def check_folder(config: Config) -> None:
+def check_folder(config: Config, data_hash: str) -> None:
     """See whether the run may write to `config.out`.
 
+    Args:
+        config: of the run.
+        data_hash: SHA-256 of its records.
+
     Raises:
-        ValueError: it holds another run, or nothing to resume, or a run of another configuration.
+        ValueError: the folder holds another run or other files; or, to resume, no run, or one of another
+            configuration or other records.
     """
-    saved = Path(config.out) / "config.json"
+    out = Path(config.out)
+    saved = out / "config.json"
     if config.resume:
         if not saved.is_file():
             raise ValueError(f"{config.out}: want a run to resume; it has no config.json")
         differing = differing_fields(config, load_config(saved))
         if differing:
             raise ValueError(f"{config.out}: want the configuration it was started with; got {'; '.join(differing)}")
+        if json.loads((out / "environment.json").read_text())["data_sha256"] != data_hash:
+            raise ValueError(f"{config.data.path}: want the records that {config.out} was started with; they changed")
     elif saved.exists():
         raise ValueError(f"{config.out}: want a folder without a run; it holds one (--resume continues it)")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{config.out}: want a new or an empty folder; it holds other files")
 
 
 class RunFolder:
@@ -43,9 +53,9 @@ class RunFolder:
         self.path = Path(config.out)
         for part in ("samples", "checkpoints", "eval", "tensorboard"):
             (self.path / part).mkdir(parents=True, exist_ok=True)
+        _write_json(self.path / "environment.json", environment)
         if not config.resume:
             save_config(config, self.path / "config.json")
-        _write_json(self.path / "environment.json", environment)
 
     def start(self, step: int) -> None:
         """Forget what was logged past `step`, and log on from there."""
@@ -66,6 +76,7 @@ class RunFolder:
         for name, value in metrics.items():
             if name != "step":
                 self._board.add_scalar(name, value, int(metrics["step"]))
+        self._board.flush()
 
     def log_held_out(self, step: int, metrics: dict[str, Any]) -> None:
         """Append an evaluation's values to TensorBoard."""

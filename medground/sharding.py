@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+class SharedError(ValueError):
+    """A user's mistake that every rank knows of, so that one need tell."""
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among those of the run."""
@@ -48,7 +52,7 @@ class Ranks:
         """Run `action` on every rank; where it is a user's mistake on one, it is on all.
 
         Raises:
-            ValueError: what the first rank that failed said.
+            SharedError: what the first rank that failed said.
         """
         value, problem = None, None
         try:
@@ -57,7 +61,7 @@ class Ranks:
             problem = str(error)
         problems = [text for text in self.gather(problem) if text is not None]
         if problems:
-            raise ValueError(problems[0])
+            raise SharedError(problems[0])
         return cast(T, value)
 
     def barrier(self) -> None:
@@ -93,7 +97,10 @@ def shard(policy: Policy, ranks: Ranks, precision: str) -> Policy:
         precision: auto, float32 or bfloat16, of the computation.
     """
     half = precision == "bfloat16" or (precision == "auto" and ranks.device.type == "cuda")
-    mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
+    # inputs stay as the model makes them: it computes rotary phases in float32
+    mixed = MixedPrecisionPolicy(
+        torch.bfloat16 if half else None, torch.float32 if half else None, cast_forward_inputs=False
+    )
     policy.to(ranks.device)
     for block in [*policy.vlm.model.visual.blocks, *policy.vlm.model.language_model.layers]:
         fully_shard(block, mesh=ranks.mesh, mp_policy=mixed)
@@ -107,6 +114,8 @@ def shard(policy: Policy, ranks: Ranks, precision: str) -> Policy:
 def gathered(policy: nn.Module) -> Iterator[None]:
     """Hold every weight whole, so that decoding needs no other rank."""
     units = [module for module in policy.modules() if isinstance(module, FSDPModule)]
+    training = policy.training
+    policy.eval()  # while training, gradient checkpointing would switch the key-value cache off
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
@@ -114,6 +123,7 @@ def gathered(policy: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             yield
     finally:
+        policy.train(training)
         for unit in units:
             unit.reshard()
-            unit.set_reshard_after_forward(True, recurse=False)
+            unit.set_reshard_after_forward(unit is not policy, recurse=False)

@@ -27,14 +27,14 @@ from medground.checkpoint import export_policy, load_checkpoint, save_checkpoint
 from medground.config import Config, differing_fields
 from medground.datasets.manifest import load_records, records_hash, select
 from medground.evaluate import Asker, read_answer
-from medground.policy import Policy, load_policy, pack_rows
+from medground.policy import Policy, check_model, load_policy, pack_rows
 from medground.prompts import check_phrase, load_processor
 from medground.records import Example, Group, Prompt
 from medground.report.page import write_report
 from medground.rewards.total import score_answers
 from medground.rollout import roll_out
 from medground.run_folder import RunFolder, check_folder, environment
-from medground.sharding import Ranks, gathered, join_ranks, shard
+from medground.sharding import Ranks, SharedError, gathered, join_ranks, shard
 from medground.step_metrics import Clock, Totals, sample_rows, step_totals, update_statistics
 from medground.summary import Splits, evaluate_curve, evaluate_test, summarise
 from medground_kernels.group_advantage import group_advantage
@@ -65,8 +65,9 @@ def train(config: Config) -> None:
         if not done:
             evaluate_test(asker, splits, run, step=0)
         _steps(asker, reference, optimizer, splits, run, done)
-        # a run may have been stopped between its last checkpoint and its last evaluation
-        if done < config.steps or not ranks.gather((Path(config.out) / "eval" / f"step-{done:06d}.json").exists())[0]:
+        # a run may have been stopped after its last checkpoint, within its last evaluation
+        last_written = Path(config.out) / "eval" / f"step-{config.steps:06d}.curve.json"
+        if done < config.steps or not ranks.gather(last_written.exists())[0]:
             evaluate_test(asker, splits, run, step=config.steps)
         export_policy(Path(config.out) / "export", policy, model_folder, ranks)
         if run:
@@ -122,11 +123,11 @@ def _steps(
             shares = ranks.gather(sample_rows(groups, answers, rewards, advantages))
             if run:
                 run.write_rows(f"samples/step-{step + 1:06d}.jsonl", (row for share in shares for row in share))
+        if config.evaluation.every and (step + 1) % config.evaluation.every == 0 and step + 1 < config.steps:
+            evaluate_curve(asker, splits, run, step + 1)
         if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.steps:
             folder = Path(config.out) / "checkpoints"
             save_checkpoint(folder, step + 1, policy, optimizer, ranks, config.checkpoint.keep)
-        if config.evaluation.every and (step + 1) % config.evaluation.every == 0 and step + 1 < config.steps:
-            evaluate_curve(asker, splits, run, step + 1)
 
 
 def _batches(asker: Asker, examples: Sequence[Example], first: int) -> Iterator[list[Prompt]]:
@@ -186,7 +187,8 @@ def _update(
             (loss * share * ranks.size).backward()  # FSDP2 averages over the ranks; we want the sum
             losses.append(loss.detach() * share)
             stats.append(stat)
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.optimizer.max_grad_norm)
+        limit = config.optimizer.max_grad_norm
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), limit, error_if_nonfinite=True)
         norms.append(norm.full_tensor())  # type: ignore[attr-defined]  # a DTensor under FSDP2
         optimizer.step()
         optimizer.zero_grad()
@@ -208,12 +210,15 @@ def _learning_rate(config: Config, step: int) -> float:
     o = config.optimizer
     if step < o.warmup_steps:
         return o.lr * (step + 1) / o.warmup_steps
-    left = (config.steps - step) / max(config.steps - o.warmup_steps, 1)
+    left = (config.steps - 1 - step) / max(config.steps - 1 - o.warmup_steps, 1)
     return o.lr * (o.final_lr_fraction + (1 - o.final_lr_fraction) * left)
 
 
 def _share(examples: Sequence[Example], config: Config, ranks: Ranks, step: int) -> list[Example]:
-    """This rank's prompts of a step: a slice of an endless stream of shuffled epochs, no record left out."""
+    """This rank's prompts of a step: a slice of an endless stream of shuffled epochs, no record left out.
+
+    Where an epoch ends within a step, a record may stand twice in it, and draws the same completions twice.
+    """
     B, n = config.rollout.prompts_per_step, len(examples)
     mine = B // ranks.size
     first = step * B + ranks.rank * mine
@@ -231,20 +236,25 @@ def _check(config: Config, ranks: Ranks) -> tuple[Splits, Path]:
     first, *others = ranks.gather(config)
     for rank, other in enumerate(others, 1):
         if differing := differing_fields(first, other):
-            raise ValueError(f"rank {rank} was started with another configuration than rank 0: {'; '.join(differing)}")
+            raise SharedError(f"rank {rank} was started with another configuration than rank 0: {'; '.join(differing)}")
     B = config.rollout.prompts_per_step
     if B % ranks.size:
-        raise ValueError(f"rollout.prompts_per_step: want a multiple of the {ranks.size} ranks; got {B}")
+        raise SharedError(f"rollout.prompts_per_step: want a multiple of the {ranks.size} ranks; got {B}")
 
     def check() -> tuple[Splits, Path]:
-        check_folder(config)
-        model_folder = _model_folder(config.model.path)
-        processor = load_processor(model_folder, config.data.min_pixels, config.data.max_pixels)
         records = load_records(config.data.path)
+        check_folder(config, records_hash(config.data.path))
+        model_folder = _model_folder(config.model.path)
+        check_model(model_folder)
+        processor = load_processor(model_folder, config.data.min_pixels, config.data.max_pixels)
         for example in records:
             check_phrase(example, processor)
         names = (config.data.train_split, config.data.curve_split, config.data.test_split)
         train, curve, test = (select(records, name, config.data.path) for name in names)
+        if not any(example.boxes for example in train):
+            raise ValueError(f"{config.data.path}: want a record with a box in split {names[0]!r}; got none")
+        if len({example.patient for example in test}) < 2:
+            raise ValueError(f"{config.data.path}: want two patients or more in split {names[2]!r} (shuffled images)")
         return Splits(train, curve[: config.evaluation.curve_records], test), model_folder
 
     return ranks.together(check)

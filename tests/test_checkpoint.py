@@ -1,5 +1,6 @@
 """Exports that plain transformers loads; checkpoints that run no code."""
 
+import dataclasses
 import json
 import pickle
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from medground.checkpoint import _LayoutReader, export_policy, load_checkpoint, save_checkpoint
 from medground.datasets.manifest import load_records
@@ -137,6 +139,26 @@ def test_a_malicious_pickle_is_not_executed(saved):
     trap = folder / "executed"
     (folder / "step-000003" / ".metadata").write_bytes(pickle.dumps(_Malice(trap)))
     with pytest.raises(ValueError, match="not the layout of a checkpoint: it names"):
+        load_checkpoint(folder, policy, optimizer)
+    assert not trap.exists()
+
+
+def test_a_tensor_that_claims_to_be_bytes_is_not_unpickled(saved):
+    """DCP would read such an entry with torch.load(weights_only=False)."""
+    folder, policy, optimizer, _ = saved
+    trap = folder / "executed"
+    layout = folder / "step-000003" / ".metadata"
+    metadata = pickle.loads(layout.read_bytes())
+    name = next(iter(metadata.state_dict_metadata))
+    metadata.state_dict_metadata[name] = BytesStorageMetadata()
+    index = next(index for index in metadata.storage_data if index.fqn == name)
+    torch.save(_Malice(trap), folder / "step-000003" / "payload")
+    size = (folder / "step-000003" / "payload").stat().st_size
+    metadata.storage_data[MetadataIndex(name)] = dataclasses.replace(
+        metadata.storage_data.pop(index), relative_path="payload", offset=0, length=size
+    )
+    layout.write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match=r"it names .*BytesStorageMetadata"):
         load_checkpoint(folder, policy, optimizer)
     assert not trap.exists()
 

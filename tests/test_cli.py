@@ -66,10 +66,21 @@ def test_wrong_options_are_named(words: list[str], named: str, capsys):
     assert named in capsys.readouterr().err
 
 
-def test_only_one_rank_tells(capsys, monkeypatch):
+def test_one_rank_tells_what_all_know_and_each_what_it_alone_knows(capsys, monkeypatch):
+    from medground.sharding import SharedError
+
+    def fail(words: list[str]):
+        raise {"shared": SharedError, "own": ValueError}[words[0]]("the file is torn")
+
+    monkeypatch.setitem(cli._COMMANDS, "fail", fail)
     monkeypatch.setenv("RANK", "1")
-    assert main(["fly"]) == 2
+    assert main(["fail", "shared"]) == 2
     assert capsys.readouterr().err == ""
+    assert main(["fail", "own"]) == 2
+    assert "error on rank 1: the file is torn" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "0")
+    assert main(["fail", "shared"]) == 2
+    assert "error: the file is torn" in capsys.readouterr().err
 
 
 def test_nothing_asked_shows_the_commands(capsys):
@@ -81,7 +92,8 @@ def test_a_saved_configuration_is_taken_up_again(tmp_path: Path):
     config = train_config(["demo", "--steps", "7", "--loss.beta", "0.1", "--model.freeze-vision"])
     assert (config.steps, config.loss.beta, config.model.freeze_vision) == (7, 0.1, True)
     save_config(config, tmp_path / "config.json")
-    again = train_config(["--config", str(tmp_path / "config.json"), "--seed", "3"])
+    again = train_config([f"--config={tmp_path / 'config.json'}", "--seed", "3"])
+    assert again == train_config(["--config", str(tmp_path / "config.json"), "--seed", "3"])
     assert again.seed == 3 and again.loss == config.loss and again.steps == 7
     assert PRESETS["demo"][1].steps != 7
 

@@ -69,6 +69,32 @@ def test_a_phrase_cannot_smuggle_in_special_tokens(base_folder: Path):
             make_prompt(example(phrase=f"nodule {token} here"), Image.new("RGB", (100, 80)), processor, "brief")
 
 
+def as_on_the_hub(base_folder: Path, folder: Path) -> Path:
+    """The base model's processor files in the form that Qwen2.5-VL's have on the hub."""
+    folder.mkdir()
+    for file in base_folder.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    del settings["size"]
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps(settings | {"min_pixels": 3136, "max_pixels": 12845056})
+    )
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    return folder
+
+
+def test_pixel_limits_hold_for_files_of_the_hub(base_folder: Path, tmp_path: Path):
+    processor = load_processor(as_on_the_hub(base_folder, tmp_path / "hub"), 112 * 112, 224 * 224)
+    large = make_prompt(example(1500, 1250), Image.new("RGB", (1500, 1250)), processor, "plain")
+    assert large.processed_width * large.processed_height <= 224 * 224
+    small = make_prompt(example(30, 30), Image.new("RGB", (30, 30)), processor, "plain")
+    assert small.processed_width * small.processed_height >= 112 * 112
+    fresh = load_processor(base_folder, 56 * 56, 56 * 56)
+    assert make_prompt(example(), Image.new("RGB", (100, 80)), fresh, "brief").processed_width <= 84
+
+
 @pytest.mark.parametrize("missing", ["preprocessor_config.json", "tokenizer_config.json", "chat_template.jinja"])
 def test_a_folder_without_processor_is_named(base_folder: Path, tmp_path: Path, missing):
     for file in base_folder.iterdir():

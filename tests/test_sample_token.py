@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from medground_kernels.sample_token import _philox, sample_token
+from medground_kernels.sample_token import _philox, _uniform, sample_token
 
 pytestmark = pytest.mark.usefixtures("on_the_gpu")
 
@@ -23,6 +23,19 @@ pytestmark = pytest.mark.usefixtures("on_the_gpu")
 def test_philox_known_answers(counter, key, want):
     words = _philox(*(torch.tensor([[c]]) for c in counter), torch.tensor([[key]]))
     assert " ".join(f"{int(word):08x}" for word in words) == want
+
+
+def test_noise_is_finite_at_both_ends():
+    bits = torch.tensor([0, 1, 2**31, 2**32 - 2, 2**32 - 1])
+    u = _uniform(bits)
+    assert ((u > 0) & (u < 1)).all()
+    assert torch.isfinite(-(-u.log()).log()).all()
+
+
+def test_an_impossible_token_is_never_drawn():
+    logits = torch.full((200, 100_000), -20.0)
+    logits[:, 77] = 20.0
+    assert (sample_token(logits, temperature=1.0, seeds=torch.arange(200), step=0).token == 77).all()
 
 
 def test_draws_follow_the_distribution():

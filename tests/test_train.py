@@ -17,6 +17,7 @@ from medground.cli import main
 from medground.config import load_config
 from medground.records import Example
 from medground.train import _learning_rate, _order, train
+from medground_kernels.grpo_loss import grpo_loss
 
 REPEATABLE = ("reward", "iou", "loss", "grad_norm", "kl", "entropy", "ratio_mean", "completion_tokens")
 
@@ -123,18 +124,18 @@ def test_a_resumed_run_equals_the_uninterrupted_one(straight: Path, tmp_path: Pa
     assert (part / "eval" / "step-000005.json").read_text() == (straight / "eval" / "step-000005.json").read_text()
 
 
-@pytest.mark.parametrize("evaluated", [True, False])
-def test_a_finished_run_can_be_resumed_without_harm(evaluated: bool, straight: Path):
+@pytest.mark.parametrize("missing", [[], ["curve"], ["curve", "shuffled"], ["curve", "shuffled", ""]])
+def test_a_finished_run_can_be_resumed_without_harm(missing: list[str], straight: Path):
     before = weights(straight)
-    evaluation = straight / "eval" / "step-000005.json"
-    text = evaluation.read_text()
-    if not evaluated:  # stopped between its last checkpoint and its last evaluation
-        evaluation.unlink()
+    files = sorted((straight / "eval").glob("step-000005*"))
+    texts = [file.read_text() for file in files]
+    for kind in missing:  # stopped within its last evaluation
+        (straight / "eval" / f"step-000005{'.' if kind else ''}{kind}.json").unlink()
     train(dataclasses.replace(load_config(straight / "config.json"), resume=True))
     after = weights(straight)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert [row["step"] for row in metrics(straight)] == [1, 2, 3, 4, 5]
-    assert evaluation.read_text() == text
+    assert [file.read_text() for file in files] == texts
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo"])
@@ -148,6 +149,38 @@ def test_the_cut_into_micro_batches_changes_nothing(loss_type: str, tiny_job, tm
         }
         train(tiny_job(tmp_path / str(size), **changes))
     assert_same(tmp_path / "1", tmp_path / "3", atol=1e-5)
+
+
+def test_records_that_changed_are_not_resumed(straight: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    (run / "config.json").write_text((run / "config.json").read_text().replace(str(straight), str(run)))
+    environment = json.loads((run / "environment.json").read_text())
+    (run / "environment.json").write_text(json.dumps(environment | {"data_sha256": "0" * 64}))
+    with pytest.raises(ValueError, match="want the records that"):
+        train(dataclasses.replace(load_config(run / "config.json"), resume=True))
+
+
+def test_checkpointed_activations_change_nothing(tiny_job, tmp_path: Path):
+    """Least of all the rollout, whose cache transformers drops in training mode."""
+    for checkpointing in (False, True):
+        changes = {"model.gradient-checkpointing": True} if checkpointing else {}
+        train(tiny_job(tmp_path / str(checkpointing), steps=2, **changes, **{"model.precision": "float32"}))
+    assert_same(tmp_path / "False", tmp_path / "True", atol=1e-5)
+    assert abs(metrics(tmp_path / "True")[0]["ratio_max"] - 1) < 1e-4
+
+
+def test_gradients_that_are_not_finite_stop_the_run(tiny_job, tmp_path: Path, monkeypatch):
+    from medground import train as module
+
+    def poisoned(*args, **options):
+        loss, stats = grpo_loss(*args, **options)
+        return loss * math.nan, stats
+
+    monkeypatch.setattr(module, "grpo_loss", poisoned)
+    with pytest.raises(RuntimeError, match="non-finite"):
+        train(tiny_job(tmp_path / "run"))
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
 def test_a_frozen_vision_tower_stays(tiny_job, tmp_path: Path, base_folder: Path):
@@ -167,7 +200,7 @@ def test_learning_rate_rises_and_falls(tiny_job, tmp_path: Path):
     changes = {"steps": 10, "optimizer.warmup-steps": 4, "optimizer.lr": 1.0, "optimizer.final-lr-fraction": 0.1}
     config = tiny_job(tmp_path, **changes)
     rates = [_learning_rate(config, step) for step in range(10)]
-    assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 0.85, 0.7, 0.55, 0.4, 0.25])
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 0.82, 0.64, 0.46, 0.28, 0.1])
 
 
 def test_every_epoch_has_every_record_once():
@@ -201,6 +234,7 @@ BROKEN = {
     "missing image": (lambda folder, row: (folder / row["image"]).unlink(), "images/"),
     "no boxes": (lambda folder, row: row.pop("boxes"), "boxes"),
     "box outside": (lambda folder, row: row.update(boxes=[[1, 2, 300, 4]]), "300"),
+    "lone surrogate": (lambda folder, row: row.update(phrase="a \ud800"), "surrogate"),
     "special token": (lambda folder, row: row.update(phrase="a <|image_pad|>"), "special tokens"),
 }
 
@@ -250,11 +284,16 @@ def test_a_model_folder_without_processor(phantoms: Path, base_folder: Path, tmp
 def test_the_folder_of_another_run(straight: Path, tiny_job, tmp_path: Path):
     with pytest.raises(ValueError, match="holds one"):
         train(tiny_job(straight))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("mine")
+    for other in (tmp_path / "other", tmp_path / "other" / "thesis.txt"):
+        with pytest.raises(ValueError, match="it holds other files"):
+            train(tiny_job(other))
     with pytest.raises(ValueError, match="has no config"):
         train(tiny_job(tmp_path / "empty", resume=True))
     config = load_config(straight / "config.json")
     other = dataclasses.replace(config, resume=True, seed=5, optimizer=dataclasses.replace(config.optimizer, lr=2e-4))
-    with pytest.raises(ValueError, match=r"seed: 5 against 0; optimizer.lr: 0.0002 against 0.0005"):
+    with pytest.raises(ValueError, match=r"seed: 5 against 0; optimizer.lr: 0.0002 against 0.0001"):
         train(other)
 
 

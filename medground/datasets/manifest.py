@@ -176,6 +176,8 @@ class _Checker:
         for name in _TEXTS:
             if not values[name].strip():
                 self._complain(number, name, "a text that is not empty", values[name])
+            elif any("\ud800" <= letter <= "\udfff" for letter in values[name]):
+                self._complain(number, name, "text that UTF-8 can hold (a lone surrogate)", ascii(values[name]))
         first = self.ids.setdefault(values["id"], number)
         if first != number:
             self._complain(number, "id", f"an id of its own (line {first} has the same)", values["id"])
