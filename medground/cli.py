@@ -29,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit status: 0, or 2 where the user made a mistake, which is then named on standard error.
+        The exit status: 0; 2 where the user made a mistake, which is then named on standard error; 130 when
+        interrupted.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
@@ -46,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rank == "0" or not known_to_all:
             print(f"medground: error{'' if rank == '0' else f' on rank {rank}'}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("medground: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -83,6 +83,15 @@ def test_one_rank_tells_what_all_know_and_each_what_it_alone_knows(capsys, monke
     assert "error: the file is torn" in capsys.readouterr().err
 
 
+def test_an_interruption_is_no_traceback(capsys, monkeypatch):
+    def stop(words: list[str]):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli._COMMANDS, "stop", stop)
+    assert main(["stop"]) == 130
+    assert capsys.readouterr().err == "medground: interrupted\n"
+
+
 def test_nothing_asked_shows_the_commands(capsys):
     assert main([]) == 2
     assert "commands:" in capsys.readouterr().out
