@@ -1,9 +1,9 @@
 """Prompt -> completions: prefill once per prompt, decode G rows.
 
 Every row's random numbers depend on (run seed, step, record id, completion index) alone, so the same
-completions come out whatever the batch or the number of ranks. The model's own generation_config is
-used but for its stop tokens: tokens come from exactly the distribution that the loss assumes, image and video
-tokens aside, which are never drawn.
+completions come out whatever the batch or the number of ranks. Of the model's own generation_config only the
+stop tokens are used: tokens come from exactly the distribution that the loss assumes, but that image and video
+tokens are never drawn.
 """
 
 from __future__ import annotations
