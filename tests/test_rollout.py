@@ -125,3 +125,15 @@ def test_image_tokens_are_never_sampled(model, prompts):
     finally:
         with torch.no_grad():
             head.copy_(before)
+
+
+def test_a_folder_that_is_no_such_model_is_named(tmp_path: Path, base_folder: Path):
+    with pytest.raises(ValueError, match=r"want a model folder with config\.json"):
+        load_policy(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match="want model_type qwen2_5_vl; got 'bert'"):
+        load_policy(tmp_path)
+    (tmp_path / "config.json").write_bytes((base_folder / "config.json").read_bytes())
+    (tmp_path / "pytorch_model.bin").write_bytes(b"a pickle")
+    with pytest.raises(ValueError, match=r"want weights as \.safetensors"):
+        load_policy(tmp_path)
