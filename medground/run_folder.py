@@ -109,7 +109,7 @@ class RunFolder:
 
 def environment(ranks: int, seed: int, data_hash: str, model: str) -> dict[str, Any]:
     """What a result depends on beside its configuration: versions, devices, commit, seed, data."""
-    packages = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pillow")
+    packages = ("transformers", "tokenizers", "safetensors", "numpy", "pillow")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "command": " ".join(sys.argv),
@@ -118,7 +118,7 @@ def environment(ranks: int, seed: int, data_hash: str, model: str) -> dict[str, 
         "gpus": gpus,
         "machine": f"{len(gpus)} x {gpus[0]}" if gpus else f"{os.cpu_count()}-core CPU",
         "model": model,
-        "packages": {"medground": __version__} | {name: version(name) for name in packages},
+        "packages": {"medground": __version__, "torch": torch.__version__} | {name: version(name) for name in packages},
         "python": platform.python_version(),
         "ranks": ranks,
         "seed": seed,
