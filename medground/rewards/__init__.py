@@ -1,0 +1,1 @@
+"""What a completion earns: format, spatial, and their weighted sum."""
