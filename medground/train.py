@@ -28,7 +28,7 @@ from medground.config import Config, differing_fields
 from medground.datasets.manifest import load_records, records_hash, select
 from medground.evaluate import Asker, read_answer
 from medground.policy import Policy, check_model, load_policy, pack_rows
-from medground.prompts import check_phrase, load_processor
+from medground.prompts import Processor, check_phrase, load_processor
 from medground.records import Example, Group, Prompt
 from medground.report.page import write_report
 from medground.rewards.total import score_answers
@@ -50,15 +50,14 @@ def train(config: Config) -> None:
     """
     started = time.perf_counter()
     with join_ranks() as ranks:
-        splits, model_folder = _check(config, ranks)
-        processor = load_processor(model_folder, config.data.min_pixels, config.data.max_pixels)
+        splits, data_hash, model_folder, processor = _check(config, ranks)
         policy = shard(_load(model_folder, config), ranks, config.model.precision)
         reference = shard(_load(model_folder, config), ranks, config.model.precision) if config.loss.beta else None
         optimizer = _optimizer(policy, config)
         asker = Asker(policy, processor, config, ranks)
 
         done = load_checkpoint(Path(config.out) / "checkpoints", policy, optimizer) if config.resume else 0
-        facts = environment(ranks.size, config.seed, records_hash(config.data.path), config.model.path)
+        facts = environment(ranks.size, config.seed, data_hash, config.model.path)
         run = RunFolder(config, facts) if ranks.is_first else None
         if run:
             run.start(done)
@@ -231,7 +230,7 @@ def _order(n: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed + (epoch << 31))).tolist()
 
 
-def _check(config: Config, ranks: Ranks) -> tuple[Splits, Path]:
+def _check(config: Config, ranks: Ranks) -> tuple[Splits, str, Path, Processor]:
     """Everything a user may have got wrong, before any work: the same answer on every rank."""
     first, *others = ranks.gather(config)
     for rank, other in enumerate(others, 1):
@@ -241,9 +240,10 @@ def _check(config: Config, ranks: Ranks) -> tuple[Splits, Path]:
     if B % ranks.size:
         raise SharedError(f"rollout.prompts_per_step: want a multiple of the {ranks.size} ranks; got {B}")
 
-    def check() -> tuple[Splits, Path]:
+    def check() -> tuple[Splits, str, Path, Processor]:
         records = load_records(config.data.path)
-        check_folder(config, records_hash(config.data.path))
+        data_hash = records_hash(config.data.path)
+        check_folder(config, data_hash)
         model_folder = _model_folder(config.model.path)
         check_model(model_folder)
         processor = load_processor(model_folder, config.data.min_pixels, config.data.max_pixels)
@@ -255,7 +255,7 @@ def _check(config: Config, ranks: Ranks) -> tuple[Splits, Path]:
             raise ValueError(f"{config.data.path}: want a record with a box in split {names[0]!r}; got none")
         if len({example.patient for example in test}) < 2:
             raise ValueError(f"{config.data.path}: want two patients or more in split {names[2]!r} (shuffled images)")
-        return Splits(train, curve[: config.evaluation.curve_records], test), model_folder
+        return Splits(train, curve[: config.evaluation.curve_records], test), data_hash, model_folder, processor
 
     return ranks.together(check)
 
