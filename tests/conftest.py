@@ -1,5 +1,6 @@
 """What every test needs: switches that must be set before torch and Triton load, and a tiny job."""
 
+import importlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,15 +12,33 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+CUDA = torch.cuda.is_available()
+if not CUDA:
+    # whether a kernel can be interpreted is settled when its module is imported, whether it is at each call
+    os.environ["TRITON_INTERPRET"] = "1"
+    for _file in Path(__file__).parents[1].glob("kernels/*.py"):
+        importlib.import_module(f"medground_kernels.{_file.stem}")
+    os.environ["TRITON_INTERPRET"] = "0"
 
 
 @pytest.fixture
 def on_the_gpu() -> Iterator[None]:
     """New tensors lie on the GPU where there is one."""
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+    with torch.device("cuda" if CUDA else "cpu"):
         yield
+
+
+@pytest.fixture(params=["torch", "triton"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Both ways an op runs: in plain torch on the CPU, and its kernels, on the GPU or interpreted.
+
+    New tensors lie on the device in question.
+    """
+    triton = request.param == "triton"
+    if not CUDA:
+        monkeypatch.setenv("TRITON_INTERPRET", str(int(triton)))
+    with torch.device("cuda" if CUDA and triton else "cpu"):
+        yield request.param
 
 
 @pytest.fixture(scope="session")

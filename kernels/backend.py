@@ -1,0 +1,36 @@
+"""Where an op runs: its Triton kernels on a CUDA device and under Triton's interpreter, plain torch elsewhere."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    # Triton has wheels for Linux alone; elsewhere there is no CUDA either, and every op runs in plain torch
+    if sys.platform == "linux":
+        raise
+    triton = tl = None
+
+
+def jit(kernel: Callable) -> Any:
+    """`triton.jit`, where Triton exists."""
+    return triton.jit(kernel) if triton else kernel
+
+
+def runs_triton(tensor: Tensor) -> bool:
+    """Whether ops on this tensor run their Triton kernels: a CUDA tensor, or TRITON_INTERPRET=1."""
+    return tensor.is_cuda or (triton is not None and triton.knobs.runtime.interpret)
+
+
+def cdiv(a: int, b: int) -> int:
+    """The quotient, rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is not below n >= 1: what `tl.arange` takes."""
+    return 1 << (n - 1).bit_length()
