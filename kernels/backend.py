@@ -16,9 +16,11 @@ except ImportError:
     triton = tl = None
 
 
-def jit(kernel: Callable) -> Any:
-    """`triton.jit`, where Triton exists."""
-    return triton.jit(kernel) if triton else kernel
+def jit(kernel: Callable | None = None, **options: Any) -> Any:
+    """`triton.jit`, with or without its options, where Triton exists."""
+    if kernel is None:
+        return lambda kernel: jit(kernel, **options)
+    return triton.jit(kernel, **options) if triton else kernel
 
 
 def runs_triton(tensor: Tensor) -> bool:

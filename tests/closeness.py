@@ -1,9 +1,11 @@
-"""How near a kernel must come to the truth."""
+"""How near a kernel must come to the truth, and how many matrix products it may take."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 BF16_ULP = 2.0**-7  # the interpreter truncates where the GPU rounds
 FP16_ULP = 2.0**-10
@@ -48,3 +50,17 @@ def assert_as_close_as_pytorch(
             f"{name}: error {error.flatten()[worst]:.1e}, allowed {allowed.flatten()[worst]:.1e}; "
             f"{got.flatten()[worst]} instead of {true.flatten()[worst]}"
         )
+
+
+class Products(TorchDispatchMode):
+    """The matrix products made within, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm", "addmm_", "bmm", "baddbmm"):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))

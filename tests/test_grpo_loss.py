@@ -1,16 +1,73 @@
-"""The GRPO loss against a loop that follows the formulas one token at a time."""
+"""The GRPO loss: the reference against a loop over tokens, both ways it runs against the reference."""
 
 import math
 
 import pytest
 import torch
+from closeness import assert_as_close_as_pytorch, value_and_grads
+from grpo_cases import lengths_of, options, per_token
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from medground_kernels.grpo_loss import STAT_NAMES, GrpoOptions, grpo_loss
+from medground_kernels.grpo_loss import STAT_NAMES, GrpoOptions, grpo_loss, grpo_loss_reference
 
-pytestmark = pytest.mark.usefixtures("on_the_gpu")
+pytestmark = pytest.mark.usefixtures("path")
+
+
+def double(values):
+    return {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in values.items()}
+
+
+def outcome(fn, case, **more):
+    leaves = {"logp": case["logp"]}
+    if case["entropy"] is not None:
+        leaves["entropy"] = case["entropy"]
+    rest = {name: value for name, value in case.items() if name not in leaves} | more
+    return value_and_grads(lambda **given: fn(**(rest | given))._asdict(), leaves)
+
+
+def compare(case, slack=2e-6, **more):
+    results = [outcome(fn, c, **more) for fn, c in
+               ((grpo_loss, case), (grpo_loss_reference, case), (grpo_loss_reference, double(case)))]  # fmt: skip
+    ours, plain, truth = results
+    for result in results:  # autograd leaves out what the loss does not depend on
+        result.setdefault("dentropy", torch.zeros(()) + 0 * truth["logp"].to(truth["loss"].dtype))
+    assert_as_close_as_pytorch(ours, plain, truth, slack=slack)
+    return ours
+
+
+@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    options=options(),
+    S=st.integers(1, 6),
+    longest=st.sampled_from([1, 5, 40]),
+    masked=st.booleans(),
+    on_policy=st.booleans(),
+    reference=st.booleans(),
+    total_tokens=st.sampled_from([None, 1, 77]),
+    seed=st.integers(0, 1000),
+)
+def test_as_close_to_the_truth_as_pytorch(options, S, longest, masked, on_policy, reference, total_tokens, seed):
+    torch.manual_seed(seed)
+    case = per_token(lengths_of(seed, S, longest), masked=masked)
+    if on_policy:
+        case["old_logp"] = None
+    if not reference and options.beta == 0:
+        case["ref_logp"] = None
+    compare(case, options=options, total_tokens=total_tokens)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+@pytest.mark.parametrize("ratio_level", ["token", "sequence"])
+def test_long_sequences_and_many(loss_type, ratio_level):
+    torch.manual_seed(0)
+    options = GrpoOptions(loss_type=loss_type, ratio_level=ratio_level, beta=0.1, max_completion_length=1500)
+    compare(per_token([1300, 0, 513, 1, 512], masked=True), options=options, slack=1e-5)
+    compare(per_token([2] * 700, masked=True), options=options, slack=1e-5)
 
 
 def slow_loss(logp, advantages, cu_seqlens, old_logp, ref_logp, options, total_tokens):
+    """One token at a time, as the formulas stand; plain clipping at token level."""
     N, S = len(logp), len(advantages)
     loss = logp.new_zeros(())
     for s in range(S):
@@ -31,38 +88,26 @@ def slow_loss(logp, advantages, cu_seqlens, old_logp, ref_logp, options, total_t
     return loss
 
 
-def case(seed=0, lengths=(3, 1, 7, 0, 2)):
-    torch.manual_seed(seed)
-    N = sum(lengths)
-    logp = -torch.rand(N, dtype=torch.float64) * 3
-    old = logp + torch.randn(N, dtype=torch.float64) * 0.3
-    ref = logp + torch.randn(N, dtype=torch.float64) * 0.5
-    advantages = torch.randn(len(lengths), dtype=torch.float64)
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
-    return logp, advantages, cu_seqlens, old, ref
-
-
 @pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo"])
 @pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
 @pytest.mark.parametrize("on_policy", [True, False])
-@pytest.mark.parametrize("beta", [0.0, 0.3])
-def test_equals_the_formulas(loss_type, kl, on_policy, beta):
-    logp, advantages, cu_seqlens, old, ref = case()
+def test_the_reference_equals_the_formulas(path, loss_type, kl, on_policy):
+    if path == "triton":
+        pytest.skip("the reference runs in plain torch")
+    torch.manual_seed(0)
+    case = double(per_token([3, 1, 7, 0, 2], masked=False))
     options = GrpoOptions(
-        loss_type=loss_type, kl=kl, beta=beta, epsilon_low=0.1, epsilon_high=0.25, max_completion_length=9
+        loss_type=loss_type, kl=kl, beta=0.3, epsilon_low=0.1, epsilon_high=0.25, max_completion_length=9
     )
-    given = {"old_logp": None if on_policy else old, "ref_logp": ref if beta else None}
-    values, gradients = [], []
-    for fn in (grpo_loss, slow_loss):
-        leaf = logp.clone().requires_grad_()
-        if fn is grpo_loss:
-            loss = fn(leaf, advantages, cu_seqlens, options=options, total_tokens=29, **given).loss
-        else:
-            loss = fn(leaf, advantages, cu_seqlens, given["old_logp"], given["ref_logp"], options, 29)
+    old = None if on_policy else case["old_logp"]
+    gradients = []
+    for fn in (grpo_loss_reference, slow_loss):
+        leaf = case["logp"].clone().requires_grad_()
+        given = dict(old_logp=old, ref_logp=case["ref_logp"], options=options, total_tokens=29)
+        loss = fn(leaf, case["advantages"], case["cu_seqlens"], **given)
+        loss = loss.loss if fn is grpo_loss_reference else loss
         loss.backward()
-        values.append(loss.detach())
-        gradients.append(leaf.grad)
-    torch.testing.assert_close(*values)
+        gradients.append(torch.cat([leaf.grad, loss.detach()[None]]))
     torch.testing.assert_close(*gradients)
 
 
@@ -70,47 +115,148 @@ def test_clipped_tokens_have_no_gradient():
     logp = torch.tensor([0.0, 0.0, 0.0, 0.0], requires_grad=True)
     old = torch.tensor([-1.0, -1.0, 1.0, 1.0])  # ratios e and 1/e
     advantages = torch.tensor([1.0, -1.0, 1.0, -1.0])
-    grpo_loss(logp, advantages, torch.arange(5).int(), old_logp=old).loss.backward()
-    assert logp.grad is not None
+    bounds = torch.arange(5).int()
+    out = grpo_loss(logp, advantages, bounds, old_logp=old)
+    out.loss.backward()
     assert (logp.grad != 0).tolist() == [False, True, True, False]
+    assert out.named()["clip_low"] == out.named()["clip_high"] == 0.25
+    logp.grad = None
+    grpo_loss(logp, advantages, bounds, old_logp=old, options=GrpoOptions(delta=2.5)).loss.backward()
+    assert (logp.grad != 0).tolist() == [False, False, True, False]
+    logp.grad = None
+    out = grpo_loss(logp, advantages, bounds, old_logp=old, options=GrpoOptions(dual_clip=2.0, loss_type="bnpo"))
+    out.loss.backward()
+    assert (logp.grad != 0).tolist() == [False, False, True, False]
+    assert math.isclose(out.loss, (-1.2 + 2.0 - math.exp(-1) + 0.8) / 4, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "sapo", "cispo"])
+def test_a_ratio_beyond_all_bounds_spoils_nothing(loss_type):
+    logp = torch.tensor([0.0, 0.0, 0.0], requires_grad=True)
+    old = torch.tensor([-200.0, -200.0, -0.1])  # a ratio of infinity
+    bounds, options = torch.arange(4).int(), GrpoOptions(loss_type=loss_type)
+    out = grpo_loss(logp, torch.tensor([1.0, 0.0, -1.0]), bounds, old_logp=old, options=options)
+    out.loss.backward()
+    assert out.loss.isfinite() and logp.grad.isfinite().all()
+    assert logp.grad[1] == 0 and logp.grad[2] > 0
 
 
 def test_statistics():
-    logp, advantages, cu_seqlens, old, ref = case(1)
-    options = GrpoOptions(beta=0.1)
-    entropy = torch.rand_like(logp)
-    out = grpo_loss(logp, advantages, cu_seqlens, old_logp=old, ref_logp=ref, entropy=entropy, options=options)
-    stats = dict(zip(STAT_NAMES, out.stats.tolist(), strict=True))
-    ratio = (logp - old).exp()
-    A = advantages.repeat_interleave(cu_seqlens.diff())
-    d = ref - logp
-    assert math.isclose(stats["kl"], float((d.exp() - d - 1).mean()), rel_tol=1e-6)
-    assert math.isclose(stats["entropy"], float(entropy.mean()), rel_tol=1e-6)
-    assert math.isclose(stats["clip_low"], float(((ratio < 0.8) & (A < 0)).double().mean()), rel_tol=1e-6)
-    assert math.isclose(stats["clip_high"], float(((ratio > 1.2) & (A > 0)).double().mean()), rel_tol=1e-6)
-    assert math.isclose(stats["ratio_min"], float(ratio.min()), rel_tol=1e-6)
-    assert math.isclose(stats["ratio_max"], float(ratio.max()), rel_tol=1e-6)
-    assert stats["tokens"] == len(logp)
+    torch.manual_seed(1)
+    case = per_token([3, 1, 7, 0, 2], masked=True)
+    out = grpo_loss(**case, options=GrpoOptions(beta=0.1))
+    assert out.stats.dtype == torch.float32 and not out.stats.requires_grad
+    assert list(out.named()) == list(STAT_NAMES)
+    stats = {name: value.item() for name, value in out.named().items()}
+    keep = case["targets"] >= 0
+    ratio = (case["logp"] - case["old_logp"]).exp()[keep]
+    A = case["advantages"].repeat_interleave(case["cu_seqlens"].diff())[keep]
+    d = (case["ref_logp"] - case["logp"])[keep]
+    wanted = {
+        "policy_loss": -torch.minimum(ratio * A, ratio.clamp(0.8, 1.2) * A).mean(),
+        "kl": (d.exp() - d - 1).mean(),
+        "entropy": case["entropy"][keep].mean(),
+        "clip_low": ((ratio < 0.8) & (A < 0)).float().mean(),
+        "clip_high": ((ratio > 1.2) & (A > 0)).float().mean(),
+        "ratio_mean": ratio.mean(),
+        "ratio_min": ratio.min(),
+        "ratio_max": ratio.max(),
+        "tokens": keep.sum(),
+        "masked_tokens": (~keep).sum(),
+    }
+    assert stats == {name: pytest.approx(value.item(), rel=1e-5) for name, value in wanted.items()}
+
+
+def test_the_divisor_may_lie_on_the_device():
+    case = per_token([3, 4], masked=False)
+    for total in (11, torch.tensor(11)):
+        assert torch.equal(grpo_loss(**case, total_tokens=total).loss, grpo_loss(**case, total_tokens=11).loss)
+
+
+def test_masked_tokens_may_hold_anything():
+    torch.manual_seed(0)
+    case = per_token([4, 3, 5], masked=True)
+    spoilt = {name: t.clone() if torch.is_tensor(t) else t for name, t in case.items()}
+    for name in ("logp", "old_logp", "ref_logp", "entropy"):
+        spoilt[name][case["targets"] < 0] = math.nan
+    for level in ("token", "sequence"):
+        options = GrpoOptions(beta=0.1, entropy_coef=0.1, ratio_level=level, loss_type="grpo")
+        first, second = outcome(grpo_loss, case, options=options), outcome(grpo_loss, spoilt, options=options)
+        for name in ("loss", "stats", "dlogp", "dentropy"):
+            assert torch.equal(first[name], second[name]), name
+
+
+def test_low_precision_log_probabilities_are_taken():
+    case = per_token([4, 3], masked=False)
+    case = {k: v.bfloat16() if k in ("old_logp", "ref_logp", "entropy", "logp") else v for k, v in case.items()}
+    leaf = case.pop("logp").requires_grad_()
+    grpo_loss(leaf, **case).loss.backward()
+    assert leaf.grad.dtype == torch.bfloat16
+    exact = grpo_loss(leaf.detach().float(), **case)
+    assert torch.equal(exact.loss, grpo_loss(leaf, **case).loss.detach())
 
 
 def test_no_tokens_give_no_loss():
-    logp = torch.zeros(0, requires_grad=True)
-    out = grpo_loss(logp, torch.ones(2), torch.zeros(3, dtype=torch.int32))
+    for S in (2, 0):
+        logp = torch.zeros(0, requires_grad=True)
+        out = grpo_loss(logp, torch.ones(S), torch.zeros(S + 1, dtype=torch.int32))
+        out.loss.backward()
+        assert out.loss == 0 and torch.isfinite(out.stats).all()
+    masked = torch.full((3,), -1)
+    out = grpo_loss(torch.zeros(3, requires_grad=True), torch.ones(1), torch.tensor([0, 3]).int(), targets=masked)
     out.loss.backward()
-    assert out.loss == 0 and torch.isfinite(out.stats).all()
+    assert out.loss == 0
+    assert out.stats.tolist() == [0, 0, 0, 0, 0, 0, 1, 1, 0, 3]
+
+
+def test_views_are_taken():
+    torch.manual_seed(0)
+    case = per_token([4, 3], masked=True)
+    strided = {k: torch.stack([v, v], 1)[:, 0] if torch.is_tensor(v) else v for k, v in case.items()}
+    assert torch.equal(grpo_loss(**case).loss, grpo_loss(**strided).loss)
 
 
 def test_mistakes_are_named():
-    logp, advantages, cu_seqlens, old, _ = case()
-    with pytest.raises(ValueError, match=r"\(13,\).*\(4,\)"):
-        grpo_loss(logp, advantages[:4], cu_seqlens)
-    with pytest.raises(ValueError, match="old_logp"):
-        grpo_loss(logp, advantages, cu_seqlens, old_logp=old[:5])
-    with pytest.raises(ValueError, match="ref_logp"):
-        grpo_loss(logp, advantages, cu_seqlens, options=GrpoOptions(beta=0.1))
-    with pytest.raises(ValueError, match="max_completion_length"):
-        GrpoOptions(loss_type="dr_grpo")
-    with pytest.raises(ValueError, match="loss_type"):
-        GrpoOptions(loss_type="ppo")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="epsilon_low"):
-        GrpoOptions(epsilon_low=1.0)
+    case = per_token([3, 1, 7], masked=False)
+    logp, advantages, bounds, old = (case[k] for k in ("logp", "advantages", "cu_seqlens", "old_logp"))
+    with pytest.raises(ValueError, match=r"per token \[11\]; got \(2,\), \(4,\)"):
+        grpo_loss(logp, advantages[:2], bounds)
+    with pytest.raises(ValueError, match=r"'old_logp': \(5,\)"):
+        grpo_loss(logp, advantages, bounds, old_logp=old[:5])
+    with pytest.raises(ValueError, match="int64"):
+        grpo_loss(logp, advantages, bounds.long())
+    with pytest.raises(ValueError, match="want ref_logp"):
+        grpo_loss(logp, advantages, bounds, options=GrpoOptions(beta=0.1))
+    with pytest.raises(ValueError, match="want entropy; got None"):
+        grpo_loss(logp, advantages, bounds, options=GrpoOptions(entropy_coef=0.1))
+    with pytest.raises(ValueError, match=r"entropy \[N\]; got \(11,\), \(3,\)"):
+        grpo_loss(logp, advantages, bounds, entropy=old[:3])
+    if not bounds.is_cuda:
+        for wrong in ([0, 3, 4, 10], [1, 3, 4, 11], [0, 5, 4, 11]):
+            with pytest.raises(ValueError, match=f"from 0 up to 11; got {wrong}".replace("[", r"\[")):
+                grpo_loss(logp, advantages, torch.tensor(wrong).int())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"loss_type": "ppo"}, "loss_type: want one of grpo, bnpo, dr_grpo, dapo, cispo, sapo; got 'ppo'"),
+        ({"loss_type": "dr_grpo"}, "max_completion_length: want a length >= 1 for dr_grpo; got None"),
+        ({"ratio_level": "word"}, "ratio_level"),
+        ({"kl": "k4"}, "kl: want one of k1, k2, k3"),
+        ({"epsilon_low": 1.0}, "epsilon_low < 1; got 1.0"),
+        ({"epsilon_high": -0.1}, "epsilon_high >= 0"),
+        ({"beta": -1.0}, "beta >= 0"),
+        ({"beta": math.nan}, "beta"),
+        ({"entropy_coef": math.inf}, "finite entropy_coef"),
+        ({"temperature": 0.0}, "temperature > 0"),
+        ({"delta": 0.0}, "delta > 0"),
+        ({"dual_clip": 1.0}, "dual_clip > 1"),
+        ({"dual_clip": 3.0, "delta": 3.0}, "delta or dual_clip, not both"),
+        ({"delta": 3.0, "loss_type": "sapo"}, "loss_type beside delta"),
+        ({"sapo_temperature_neg": 0.0}, "sapo_temperature_neg > 0"),
+    ],
+)
+def test_options_that_make_no_sense_are_named(path, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        GrpoOptions(**wrong)
