@@ -7,6 +7,8 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.ready
 PIP := $(PY) -m pip --disable-pip-version-check
 TORCH := 2.13.0
+# a CUDA build of torch brings the Triton it was made with
+TRITON := 3.9.0
 
 # kernels/ under its installed name, for what runs without an installed medground (mypy, make gpu)
 LINK := .path/medground_kernels
@@ -15,12 +17,13 @@ comma := ,
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 EXTRAS := $(if $(HAS_GPU),dev$(comma)gpu,dev)
 
-.PHONY: help setup test demo lint types gpu clean
+.PHONY: help setup test demo mutate lint types gpu clean
 
 help:
 	@echo "make setup   make the environment .venv (PYTHON=python3.12 picks the interpreter)"
 	@echo "make demo    train, evaluate and show a small model: runs/demo/"
 	@echo "make test    run every test and print the coverage (ARGS='-k records' narrows it)"
+	@echo "make mutate  change the kernels line by line and count what the tests notice (ARGS=token_logprob narrows it)"
 	@echo "make lint    check style, imports and types"
 	@echo "make gpu     run every test on the GPU with PYTHON=, which has torch already; installs nothing"
 	@echo "make clean   remove .venv and caches; runs/ stays"
@@ -35,13 +38,14 @@ $(STAMP): setup.py pyproject.toml constraints.txt Makefile
 	  echo "MedGround needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." \
 	       "Name another with: make setup PYTHON=/path/to/python3.12" >&2; exit 1; }
 	@$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	@echo "Installing torch $(TORCH) ($(if $(HAS_GPU),CUDA build: several GB,CPU build: about 200 MB)) ..."
+	@echo "Installing torch $(TORCH) ($(if $(HAS_GPU),CUDA build: several GB,CPU build: about 500 MB with Triton)) ..."
 	@$(PIP) install -qq --no-compile -c constraints.txt pip setuptools
 	@if [ -n "$(HAS_GPU)" ] || [ "$$(uname -s)" != Linux ]; then \
 	  $(PIP) install -qq --no-compile -c constraints.txt torch==$(TORCH); \
 	else \
 	  $(PIP) install -qq --no-compile --no-deps torch==$(TORCH)+cpu 2>/dev/null || \
 	  $(PIP) install -qq --no-compile --no-deps torch==$(TORCH) --index-url https://download.pytorch.org/whl/cpu; \
+	  $(PIP) install -qq --no-compile --no-deps triton==$(TRITON); \
 	fi
 	@echo "Installing medground and its tools ..."
 	@$(PIP) install -qq --no-compile --no-build-isolation --prefer-binary -c constraints.txt -e '.[$(EXTRAS)]'
@@ -49,11 +53,20 @@ $(STAMP): setup.py pyproject.toml constraints.txt Makefile
 	  from torch.utils.tensorboard import SummaryWriter; from transformers import Qwen2_5_VLForConditionalGeneration'
 	@touch $@
 
+# the oldest Triton that kernels are compiled with; a CI machine tries both
+OLD_TRITON := .path/triton-3.6.0
+
+$(OLD_TRITON): | setup
+	$(PIP) install -qq --no-compile --no-deps --target $@ triton==3.6.0
+
 $(LINK):
 	@mkdir -p $(@D) && ln -sfn ../kernels $@
 
 test: setup
 	$(PY) -m pytest --cov --durations=10 $(ARGS)
+
+mutate: setup
+	$(PY) -m bench.mutate $(ARGS)
 
 demo: setup
 	$(VENV)/bin/medground demo --out runs/demo

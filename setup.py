@@ -36,10 +36,11 @@ setup(
         "torch>=2.11",
         "tqdm",
         "transformers>=5.17,<5.18",
+        "triton>=3.6; platform_system == 'Linux'",  # there are wheels for no other; ops run in plain torch there
         "tyro",
     ],
     extras_require={
-        "gpu": ["nvidia-ml-py", "triton"],
+        "gpu": ["nvidia-ml-py"],
         "flash": ["flash-attn"],  # a source distribution: needs nvcc
         "semantic": ["open_clip_torch"],  # pulls torchvision: an environment of its own on a CPU build of torch
         "peers": ["trl==1.16.0", "liger-kernel==0.8.5", "cut-cross-entropy", "deepspeed"],

@@ -17,7 +17,7 @@ from torch import Tensor
 from medground_kernels.backend import cdiv, jit, runs_triton, tl
 
 CUDA_BUDGET = 1_250_000_000  # bytes: 4096 rows of a 152k vocabulary in bfloat16; not measured yet
-CPU_BUDGET = 64 << 20  # bytes: larger chunks were not faster (docs/log.md)
+CPU_BUDGET = 32 << 20  # bytes: larger chunks were not faster (docs/log.md)
 _SCALE_BLOCK = 1 << 14
 
 

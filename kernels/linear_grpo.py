@@ -247,7 +247,7 @@ def linear_grpo(
         total_tokens: divisor of dapo and cispo, as a number or a scalar on the device; None for the tokens that
             take part.
         bias: [V], of the weight's dtype.
-        memory_budget: bytes that the logits may take at once; None for 1.25 GB on CUDA, 64 MiB on a CPU. Beside
+        memory_budget: bytes that the logits may take at once; None for 1.25 GB on CUDA, 32 MiB on a CPU. Beside
             them there are the gradients, the weight's in float32 when more than one chunk adds to it.
 
     Returns:

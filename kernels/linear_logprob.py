@@ -81,7 +81,7 @@ def linear_logprob(
         targets: [N], int64, below V; a negative target gives 0, 0 and no gradient.
         temperature: sampling temperature, > 0.
         bias: [V], of the same dtype.
-        memory_budget: bytes that the logits may take at once; None for 1.25 GB on CUDA, 64 MiB on a CPU.
+        memory_budget: bytes that the logits may take at once; None for 1.25 GB on CUDA, 32 MiB on a CPU.
 
     Returns:
         TokenLogprob of float32 [N], both differentiable in `hidden`, `weight` and `bias`; the gradient of a
