@@ -17,7 +17,7 @@ comma := ,
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 EXTRAS := $(if $(HAS_GPU),dev$(comma)gpu,dev)
 
-.PHONY: help setup test demo mutate lint types gpu clean
+.PHONY: help setup test demo mutate lint types bench gpu clean
 
 help:
 	@echo "make setup   make the environment .venv (PYTHON=python3.12 picks the interpreter)"
@@ -25,7 +25,8 @@ help:
 	@echo "make test    run every test and print the coverage (ARGS='-k records' narrows it)"
 	@echo "make mutate  change the kernels line by line and count what the tests notice (ARGS=token_logprob narrows it)"
 	@echo "make lint    check style, imports and types"
-	@echo "make gpu     run every test on the GPU with PYTHON=, which has torch already; installs nothing"
+	@echo "make bench   measure the kernels beside their peers (ARGS='-k sample' narrows it, ARGS=--save keeps the result)"
+	@echo "make gpu     run every test and the benchmark on the GPU with PYTHON=, which has torch already; installs nothing"
 	@echo "make clean   remove .venv and caches; runs/ stays"
 
 setup: $(STAMP)
@@ -79,13 +80,17 @@ lint: setup
 types: setup $(LINK)
 	$(VENV)/bin/mypy -p medground -p medground_kernels
 
-gpu: export PYTHONPATH := $(CURDIR):$(CURDIR)/.path$(if $(PYTHONPATH),:$(PYTHONPATH))
+bench: setup
+	$(PY) -m pytest bench -q $(ARGS)
+
+# peers/: wheels unpacked there (pip install --no-deps --target peers trl liger-kernel cut-cross-entropy) are measured too
+gpu: export PYTHONPATH := $(CURDIR):$(CURDIR)/.path:$(CURDIR)/peers$(if $(PYTHONPATH),:$(PYTHONPATH))
 gpu: $(LINK)
 	@$(PYTHON) -c 'import torch' || { echo "'$(PYTHON)' has no torch: name one that has with PYTHON=" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
 	  echo "torch.cuda.is_available() is False for '$(PYTHON)': make gpu needs an NVIDIA GPU and a CUDA build" >&2; exit 1; }
 	$(PYTHON) -m pytest tests -q $(ARGS)
-	@if [ -n "$$(find bench -name 'bench_*.py' 2>/dev/null)" ]; then set -x; $(PYTHON) -m pytest bench -q; fi
+	$(PYTHON) -m pytest bench -q $(BENCH)
 
 clean:
 	rm -rf $(VENV) .path build *.egg-info .coverage .coverage.* .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,6 +1,6 @@
 """Where an op runs: its Triton kernels on a CUDA device and under Triton's interpreter, plain torch elsewhere."""
 
-import sys
+import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +11,7 @@ try:
     import triton.language as tl
 except ImportError:
     # Triton has wheels for Linux alone; elsewhere there is no CUDA either, and every op runs in plain torch
-    if sys.platform == "linux":
+    if platform.system() == "Linux":
         raise
     triton = tl = None
 

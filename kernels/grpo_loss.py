@@ -78,15 +78,15 @@ def grpo_loss_reference(
     kl = torch.zeros_like(logp)
     if ref_logp is not None:
         d = ref_logp - logp
-        kl = {"k1": -d, "k2": d * d / 2, "k3": d.exp() - d - 1}[o.kl] * (ratio if o.kl_ratio else 1)
+        kl = -d if o.kl == "k1" else d * d / 2 if o.kl == "k2" else d.exp() - d - 1
+        kl = kl * ratio if o.kl_ratio else kl
     tokens = valid.sum()
-    total = tokens.clamp(min=1) if total_tokens is None else total_tokens
-    share = {
-        "grpo": 1 / (S * count.clamp(min=1)[s]),
-        "sapo": 1 / (S * count.clamp(min=1)[s]),
-        "bnpo": 1 / tokens.clamp(min=1),
-        "dr_grpo": 1 / (max(S, 1) * (o.max_completion_length or 1)),
-    }.get(o.loss_type, 1 / total)
+    if o.loss_type in ("grpo", "sapo"):
+        share = 1 / (S * count.clamp(min=1)[s])
+    elif o.loss_type == "dr_grpo":
+        share = torch.full_like(logp, 1 / (max(S, 1) * (o.max_completion_length or 1)))
+    else:
+        share = 1 / (tokens.clamp(min=1) if o.loss_type == "bnpo" or total_tokens is None else total_tokens) * valid
     H = torch.zeros_like(logp) if entropy is None else entropy
     loss = ((policy + o.beta * kl) * share * valid).sum() - o.entropy_coef * (H * valid).sum() / tokens.clamp(min=1)
     bounded = ratio if o.delta is None else ratio.clamp(max=o.delta)

@@ -146,7 +146,7 @@ def finish(terms: Tensor) -> tuple[Tensor, Tensor]:
     tokens = total[7]
     ratio = terms[terms[:, 7] > 0, 5]
     extremes = [ratio.min(), ratio.max()] if len(ratio) else [tokens.new_ones(())] * 2
-    return total[6], torch.stack([*(total[:6] / tokens.clamp(min=1)), *extremes, tokens, N - tokens])
+    return total[6].clone(), torch.stack([*(total[:6] / tokens.clamp(min=1)), *extremes, tokens, N - tokens])
 
 
 def _sequence_sums_torch(scored, cu_seqlens, N, options, total_tokens, logp):

@@ -56,7 +56,7 @@ def _row_kernel(
     tokens_ptr, terms_ptr, logp_ptr, V, row_stride, inv_temp,
     epsilon_low, epsilon_high, delta, dual_clip, beta, entropy_coef, tau_pos, tau_neg,
     OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_RATIO: tl.constexpr, SEQUENCE: tl.constexpr,
-    HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr
+    HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr, GRADIENT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     # int64: 14k rows of a 152k vocabulary pass 2**31 elements
     row = tl.program_id(0).to(tl.int64)
@@ -79,14 +79,14 @@ def _row_kernel(
     # a token beyond the vocabulary has no log-probability
     logit = tl.load(logits_row + target, mask=(target >= 0) & (target < V), other=float("nan")).to(tl.float32)
 
-    peak = tl.full([BLOCK // 8], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK // 8], tl.float32)
-    centred = tl.zeros([BLOCK // 8], tl.float32)
+    peak = tl.full([BLOCK // WIDTH], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK // WIDTH], tl.float32)
+    centred = tl.zeros([BLOCK // WIDTH], tl.float32)
     if target >= 0:
         for start in range(0, V, BLOCK):
             cols = start + tl.arange(0, BLOCK)
             block = tl.load(logits_row + cols, mask=cols < V, other=-float("inf"), eviction_policy="evict_last")
-            block = tl.reshape(block.to(tl.float32), [BLOCK // 8, 8])
+            block = tl.reshape(block.to(tl.float32), [BLOCK // WIDTH, WIDTH])
             peak, total, centred = fold_block(block, inv_temp, peak, total, centred)
     top, exp_sum, centred_sum = join_lanes(inv_temp, peak, total, centred)
     log_total = tl.log(exp_sum)
@@ -142,7 +142,7 @@ def _rows(
         logits, scored.targets, scored.old_logp, scored.ref_logp, batch.advantages, sequences.of_token[rows],
         *sequences[1:], terms[rows], logp[rows], logits.shape[1], logits.stride(0), 1 / o.temperature,
         **kernel_options(o), HAS_OLD=scored.old_logp is not None, HAS_REF=scored.ref_logp is not None,
-        GRADIENT=gradient, BLOCK=BLOCK, num_warps=NUM_WARPS
+        GRADIENT=gradient, WIDTH=16 // logits.element_size(), BLOCK=BLOCK, num_warps=NUM_WARPS
     )  # fmt: skip
 
 

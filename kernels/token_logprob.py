@@ -8,11 +8,12 @@
                     p = softmax(z[n, :])[v]
 
 A row is cut into splits, one program each, that keep a running maximum, sum and weighted sum in every
-lane (Milakov & Gimelshein 2018, arXiv:1805.02867); a second, small kernel puts the splits together in
-their order. Forward reads the logits once; backward reads them once and writes the gradient, in the
-logits' own memory if asked. Kept for backward beside the logits: 3N floats. Everything is float32
-whatever the dtype of the logits (a bfloat16 log-softmax is off by up to 4e-3), and logits are divided by
-the temperature only after their maximum is taken away: a logit of 1e4 would lose three digits.
+lane, that is for what a thread loads at once (Milakov & Gimelshein 2018, arXiv:1805.02867); a second,
+small kernel puts the splits together in their order. Forward reads the logits once; backward reads them
+once and writes the gradient, in the logits' own memory if asked. Kept for backward beside the logits: 3N
+floats. Everything is float32 whatever the dtype of the logits (a bfloat16 log-softmax is off by up to
+4e-3), and logits are divided by the temperature only after their maximum is taken away: a logit of 1e4
+would lose three digits.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from medground_kernels.backend import cdiv, jit, next_power_of_2, runs_triton, t
 BLOCK, NUM_WARPS = 4096, 8  # not measured yet
 _PROGRAMS = 132 * 16  # several for each of an H100's processors, so that a row cut finely keeps all of them busy
 _SPLIT = 32_768  # columns a program reads at most: short programs make a short tail
-_TORCH_ELEMENTS = 1 << 22  # logits that the plain torch path holds in float32 at once
+_TORCH_ELEMENTS = 1 << 20  # logits that the plain torch path holds in float32 at once
 
 
 class TokenLogprob(NamedTuple):
@@ -49,7 +50,7 @@ def token_logprob_reference(logits: Tensor, targets: Tensor, temperature: float 
 
 @jit
 def fold_block(logits, inv_temp, peak, total, centred):
-    """Fold logits [LANES, 8] into each lane's running maximum, sum of e = exp(z - maximum) and sum of e * log e."""
+    """Fold logits [LANES, WIDTH] into each lane's running maximum, sum of e = exp(z - maximum) and sum of e * log e."""
     new_peak = tl.maximum(peak, tl.max(logits, 1))
     base = tl.where(new_peak == -float("inf"), 0.0, new_peak)  # as long as all logits are -inf
     shift = tl.maximum((peak - base) * inv_temp, -1e4)  # exp is 0 there, and 0 * -inf would not be
@@ -81,19 +82,20 @@ def dlogits_block(logits, cols, target, top, log_total, entropy, dlogp, dentropy
 
 @jit
 def _split_kernel(
-    logits_ptr, targets_ptr, partial_ptr, V, row_stride, split_cols, splits, inv_temp, BLOCK: tl.constexpr
-):
+    logits_ptr, targets_ptr, partial_ptr, V, row_stride, split_cols, splits, inv_temp,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     # int64: 14k rows of a 152k vocabulary pass 2**31 elements
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     if tl.load(targets_ptr + row) >= 0:
-        peak = tl.full([BLOCK // 8], -float("inf"), tl.float32)
-        total = tl.zeros([BLOCK // 8], tl.float32)
-        centred = tl.zeros([BLOCK // 8], tl.float32)
+        peak = tl.full([BLOCK // WIDTH], -float("inf"), tl.float32)
+        total = tl.zeros([BLOCK // WIDTH], tl.float32)
+        centred = tl.zeros([BLOCK // WIDTH], tl.float32)
         for start in range(split * split_cols, tl.minimum((split + 1) * split_cols, V), BLOCK):
             cols = start + tl.arange(0, BLOCK)
             logits = tl.load(logits_ptr + row * row_stride + cols, mask=cols < V, other=-float("inf"))
-            logits = tl.reshape(logits.to(tl.float32), [BLOCK // 8, 8])
+            logits = tl.reshape(logits.to(tl.float32), [BLOCK // WIDTH, WIDTH])
             peak, total, centred = fold_block(logits, inv_temp, peak, total, centred)
         top, total_sum, centred_sum = join_lanes(inv_temp, peak, total, centred)
         place = partial_ptr + row * splits * 3 + split
@@ -170,7 +172,7 @@ def forward_rows(logits: Tensor, targets: Tensor, temperature: float) -> tuple[T
     partial = torch.empty((N, 3, splits), dtype=torch.float32, device=logits.device)
     _split_kernel[(N, splits)](
         logits, targets, partial, V, logits.stride(0), split_cols, splits, 1 / temperature,
-        BLOCK=BLOCK, num_warps=NUM_WARPS
+        WIDTH=16 // logits.element_size(), BLOCK=BLOCK, num_warps=NUM_WARPS
     )  # fmt: skip
     _join_kernel[(N,)](
         logits, targets, partial, logp, entropy, top, log_total, V, logits.stride(0), splits, 1 / temperature,
@@ -198,30 +200,33 @@ def backward_rows(
 def _forward_torch(logits, targets, temperature, logp, entropy, top, log_total):
     for rows in _row_blocks(*logits.shape):
         raw = logits[rows].float()
-        peak = raw.amax(-1)
-        base = peak.masked_fill(peak == -torch.inf, 0)
-        logit = raw.gather(-1, targets[rows].clamp(min=0)[:, None])[:, 0]
-        z = raw.sub(base[:, None]).div_(temperature)
+        top[rows] = raw.amax(-1)
+        z = raw - top[rows, None]
+        z = z if temperature == 1 else z.div_(temperature)
         e = z.exp()
-        total = e.sum(-1)
+        total = e.sum(-1)  # log_softmax would be faster, but adds 150k numbers up one after the other
         log_total[rows] = total.log()
-        top[rows] = peak
-        logp[rows] = (logit - peak) / temperature - log_total[rows]
+        logp[rows] = z.gather(-1, targets[rows].clamp(min=0)[:, None])[:, 0] - log_total[rows]
         entropy[rows] = log_total[rows] - e.mul_(z.clamp_(min=-1e4)).sum(-1) / total
     for result in (logp, entropy):
         result.masked_fill_(targets < 0, 0.0)
 
 
 def _backward_torch(dlogp, dentropy, logits, targets, softmax, temperature, out):
-    scored = targets >= 0
+    masked = (targets < 0)[:, None]
     column = targets.clamp(min=0)[:, None]
+    dlogp, dentropy = dlogp[:, None] / temperature, dentropy[:, None] / temperature
     for rows in _row_blocks(*logits.shape):
-        logp = (logits[rows].float() - softmax.top[rows, None]).div_(temperature).sub_(softmax.log_total[rows, None])
+        logp = logits[rows].float() - softmax.top[rows, None]
+        logp = (logp if temperature == 1 else logp.div_(temperature)).sub_(softmax.log_total[rows, None])
         p = logp.exp()
-        weight = logp.clamp_(min=-1e4).add_(softmax.entropy[rows, None]).mul_(dentropy[rows, None])
-        grad = p.mul_(weight.add_(dlogp[rows, None])).neg_()
-        grad.scatter_add_(-1, column[rows], dlogp[rows, None])
-        out[rows] = grad.div_(temperature).masked_fill_(~scored[rows, None], 0.0)
+        if dentropy[rows].any():
+            weight = logp.clamp_(min=-1e4).add_(softmax.entropy[rows, None]).mul_(-dentropy[rows])
+            grad = p.mul_(weight.sub_(dlogp[rows]))
+        else:
+            grad = p.mul_(-dlogp[rows])
+        grad.scatter_add_(-1, column[rows], dlogp[rows])
+        out[rows] = grad.masked_fill_(masked[rows], 0.0) if masked[rows].any() else grad
 
 
 def _row_blocks(N: int, V: int) -> list[slice]:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from medground_kernels.grpo_options import GrpoOptions
+
 
 def _want(condition: bool, name: str, wanted: str, got: object) -> None:
     if not condition:
@@ -117,27 +119,48 @@ class LossConfig:
 
     advantage: Literal["group", "none"] = "group"
     """group: subtract the group's mean and divide by its spread; none: subtract the mean only."""
-    loss_type: Literal["grpo", "dr_grpo", "dapo"] = "dapo"
-    """What the sum over tokens is divided by: kernels/grpo_loss.py has the formulas."""
+    loss_type: Literal["grpo", "dr_grpo", "dapo", "cispo", "sapo"] = "dapo"
+    """Objective of a token and what the sum is divided by: kernels/grpo_loss.py has the formulas."""
+    ratio_level: Literal["token", "sequence"] = "token"
+    """Probability ratio of each token, or one for a sequence (GSPO)."""
     epsilon_low: float = 0.2
     """The ratio is clipped below at 1 - epsilon_low."""
     epsilon_high: float = 0.2
-    """The ratio is clipped above at 1 + epsilon_high."""
+    """The ratio is clipped above at 1 + epsilon_high; cispo caps its weight at epsilon_high itself (5.0, say)."""
+    delta: float | None = None
+    """Upper bound of the unclipped ratio (two-sided clipping), best above 1 + epsilon_high."""
+    dual_clip: float | None = None
+    """Most that the ratio can cost where the advantage is negative, above 1 (dual-clip PPO)."""
     beta: float = 0.04
     """Weight of the KL divergence from the reference policy; 0 keeps no reference."""
     kl: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of that divergence."""
+    kl_ratio: bool = False
+    """Multiply the divergence by the ratio: no bias off policy."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus, a mean over the tokens."""
+    sapo_temperature_pos: float = 1.0
+    """Steepness of sapo's gate where the advantage is positive."""
+    sapo_temperature_neg: float = 1.05
+    """Steepness of sapo's gate elsewhere."""
     inner_epochs: int = 1
     """Optimizer steps on each batch of completions."""
     micro_batch_groups: int = 4
     """Groups per forward pass and rank; changes memory, not the result."""
 
     def __post_init__(self) -> None:
-        _want(0 <= self.epsilon_low < 1, "loss.epsilon_low", "0 <= epsilon_low < 1", self.epsilon_low)
-        _want(0 <= self.epsilon_high < math.inf, "loss.epsilon_high", "a number >= 0", self.epsilon_high)
-        _want(0 <= self.beta < math.inf, "loss.beta", "a number >= 0", self.beta)
+        try:
+            self.options(temperature=1.0, max_completion_length=1)
+        except ValueError as error:
+            raise ValueError(f"loss.{error}") from None
         _want(self.inner_epochs >= 1, "loss.inner_epochs", ">= 1", self.inner_epochs)
         _want(self.micro_batch_groups >= 1, "loss.micro_batch_groups", ">= 1", self.micro_batch_groups)
+
+    def options(self, *, temperature: float, max_completion_length: int) -> GrpoOptions:
+        """The loss as the kernels take it."""
+        names = {f.name for f in dataclasses.fields(GrpoOptions)} & {f.name for f in dataclasses.fields(self)}
+        chosen = {name: getattr(self, name) for name in names}
+        return GrpoOptions(**chosen, temperature=temperature, max_completion_length=max_completion_length)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,6 +347,10 @@ def _value(hint: Any, value: Any, name: str) -> Any:
     if typing.get_origin(hint) is Literal:
         _want(value in typing.get_args(hint), name, f"one of {', '.join(typing.get_args(hint))}", value)
         return value
+    if type(None) in typing.get_args(hint):  # a number or null
+        if value is None:
+            return None
+        hint = typing.get_args(hint)[0]
     if hint is float and type(value) is int:
         return float(value)
     _want(type(value) is hint, name, hint.__name__, value)

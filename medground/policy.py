@@ -1,7 +1,7 @@
 """The policy: a Qwen2.5-VL, and what training asks of it.
 
-`Policy.forward` scores completions; `Policy.prefill` and `Policy.decode` sample them. All three run
-inside the root module's forward, where FSDP2 has the whole embedding and head.
+`Policy.forward` scores completions, `Policy.loss` trains on them, `Policy.prefill` and `Policy.decode` sample them. All
+run inside the root module's forward, where FSDP2 has the whole embedding and head.
 
 Scoring is the plain form: one row [prompt | completion] for each completion, padded on the right
 (which causal attention never looks at). The image of a prompt is encoded once for all its rows, and its
@@ -19,6 +19,8 @@ from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.cache_utils import Cache, DynamicCache
 
 from medground.records import Group, Prompt
+from medground_kernels.grpo_options import GrpoOptions, GrpoOutput
+from medground_kernels.linear_grpo import linear_grpo
 from medground_kernels.linear_logprob import linear_logprob
 from medground_kernels.token_logprob import TokenLogprob
 
@@ -130,12 +132,38 @@ class Policy(nn.Module):
 
     def forward(self, rows: Rows, temperature: float) -> TokenLogprob:
         """Log-probability and entropy, float32 [N], of every completion token of `rows`."""
+        return linear_logprob(self._scored(rows), self.vlm.lm_head.weight, rows.targets, temperature=temperature)
+
+    def loss(
+        self,
+        rows: Rows,
+        advantages: Tensor,
+        *,
+        old_logp: Tensor | None,
+        ref_logp: Tensor | None,
+        options: GrpoOptions,
+        total_tokens: int,
+    ) -> GrpoOutput:
+        """GRPO loss of `rows`, from float32 advantages [S] and old and reference log-probabilities [N]."""
+        return linear_grpo(
+            self._scored(rows),
+            self.vlm.lm_head.weight,
+            rows.targets,
+            advantages,
+            rows.cu_seqlens,
+            old_logp=old_logp,
+            ref_logp=ref_logp,
+            options=options,
+            total_tokens=total_tokens,
+        )
+
+    def _scored(self, rows: Rows) -> Tensor:
+        """The final hidden state [N, H] that predicts each completion token."""
         embeds = self._embed(rows.input_ids, rows.is_image, rows.pixel_values, rows.image_grid_thw, rows.copies)
         hidden = self.vlm.model.language_model(
             inputs_embeds=embeds, position_ids=rows.position_ids, attention_mask=None, use_cache=False
         ).last_hidden_state
-        scored = hidden.flatten(0, 1)[rows.scored]
-        return linear_logprob(scored, self.vlm.lm_head.weight, rows.targets, temperature=temperature)
+        return hidden.flatten(0, 1)[rows.scored]
 
     def prefill(self, prompts: Sequence[Prompt], copies: int) -> tuple[Tensor, "Decoding"]:
         """Run each prompt once and repeat its cache for `copies` completions.

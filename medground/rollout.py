@@ -59,7 +59,8 @@ def roll_out(
     running = torch.ones(len(seeds), dtype=torch.bool, device=device)
     tokens, logps, alive = [], [], []
     for position in range(max_new_tokens):
-        token, logp = sample_token(logits, temperature=temperature, seeds=seeds, step=position, banned=banned)
+        # full_logp: the loss knows nothing of the banned tokens
+        token, _, logp = sample_token(logits, temperature=temperature, seeds=seeds, step=position, banned=banned)
         tokens.append(token)
         logps.append(logp)
         alive.append(running)

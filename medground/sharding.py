@@ -105,7 +105,7 @@ def shard(policy: Policy, ranks: Ranks, precision: str) -> Policy:
     for block in [*policy.vlm.model.visual.blocks, *policy.vlm.model.language_model.layers]:
         fully_shard(block, mesh=ranks.mesh, mp_policy=mixed)
     fully_shard(policy, mesh=ranks.mesh, mp_policy=mixed)
-    for method in ("prefill", "decode"):
+    for method in ("loss", "prefill", "decode"):
         register_fsdp_forward_method(policy, method)
     return policy
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from medground.records import Answer, Group
-from medground_kernels.grpo_loss import STAT_NAMES
+from medground_kernels.grpo_options import STAT_NAMES
 
 if TYPE_CHECKING:
     from medground.rewards.total import Rewards
@@ -66,8 +66,9 @@ def update_statistics(
     table = torch.cat([share for share, _ in shares])  # [micro-batches, statistics]
     tokens = table[:, STAT_NAMES.index("tokens")]
     out = {"loss": sum(part for _, part in shares), "grad_norm": float(torch.stack(norms).mean())}
-    for i, name in enumerate(STAT_NAMES[:-1]):
-        column = table[:, i]
+    for name, column in zip(STAT_NAMES, table.T, strict=True):
+        if name in ("tokens", "masked_tokens"):
+            continue
         if name.endswith("_min"):
             out[name] = float(column.min())
         else:

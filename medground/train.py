@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -38,7 +39,6 @@ from medground.sharding import Ranks, SharedError, gathered, join_ranks, shard
 from medground.step_metrics import Clock, Totals, sample_rows, step_totals, update_statistics
 from medground.summary import Splits, evaluate_curve, evaluate_test, summarise
 from medground_kernels.group_advantage import group_advantage
-from medground_kernels.grpo_loss import GrpoOptions, grpo_loss
 
 
 def train(config: Config) -> None:
@@ -156,7 +156,9 @@ def _update(
     step: int,
 ) -> dict[str, float]:
     """`inner_epochs` optimizer steps on this rank's groups; how they are cut changes nothing."""
-    options = _options(config)
+    options = config.loss.options(
+        temperature=config.rollout.temperature, max_completion_length=config.rollout.max_new_tokens
+    )
     size, T = config.loss.micro_batch_groups, config.rollout.temperature
     cuts = [slice(start, start + size) for start in range(0, len(groups), size)]
     micro = [(pack_rows(groups[cut], policy.image_token, ranks.device), groups[cut], advantages[cut]) for cut in cuts]
@@ -170,19 +172,17 @@ def _update(
     for _ in range(config.loss.inner_epochs):
         for i, (rows, chunk, advantage) in enumerate(micro):
             cast(FSDPModule, policy).set_requires_gradient_sync(i + 1 == len(micro))
-            new = policy(rows, T)
-            loss, stat = grpo_loss(
-                new.logp,
+            # dapo and cispo are normalised by all tokens already, the others by the sequences of this micro-batch
+            share = 1.0 if options.loss_type in ("dapo", "cispo") else advantage.numel() / totals.sequences
+            bonus = options.entropy_coef * len(rows.targets) / totals.tokens / share  # a mean over this micro-batch
+            loss, stat, _ = policy.loss(
+                rows,
                 advantage.flatten().to(ranks.device),
-                rows.cu_seqlens,
                 old_logp=torch.cat([r.logp for g in chunk for r in g.rollouts]).to(ranks.device),
                 ref_logp=ref_logps[i],
-                entropy=new.entropy,
-                options=options,
+                options=replace(options, entropy_coef=bonus),
                 total_tokens=totals.tokens,
             )
-            # dapo is normalised by all tokens already, the others by the sequences of this micro-batch
-            share = 1.0 if options.loss_type == "dapo" else advantage.numel() / totals.sequences
             (loss * share * ranks.size).backward()  # FSDP2 averages over the ranks; we want the sum
             losses.append(loss.detach() * share)
             stats.append(stat)
@@ -192,17 +192,6 @@ def _update(
         optimizer.step()
         optimizer.zero_grad()
     return update_statistics(stats, losses, norms, config.loss.inner_epochs, ranks) | {"lr": lr}
-
-
-def _options(config: Config) -> GrpoOptions:
-    return GrpoOptions(
-        loss_type=config.loss.loss_type,
-        epsilon_low=config.loss.epsilon_low,
-        epsilon_high=config.loss.epsilon_high,
-        beta=config.loss.beta,
-        kl=config.loss.kl,
-        max_completion_length=config.rollout.max_new_tokens,
-    )
 
 
 def _learning_rate(config: Config, step: int) -> float:

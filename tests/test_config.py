@@ -34,7 +34,12 @@ IMPOSSIBLE = {
     "reward.threshold": [-0.1, 1.0, NAN],
     "loss.epsilon_low": [-0.1, 1.0, NAN],
     "loss.epsilon_high": [-0.1, NAN],
+    "loss.delta": [0.0, NAN],
+    "loss.dual_clip": [1.0, NAN],
     "loss.beta": [-0.1, NAN],
+    "loss.entropy_coef": [NAN],
+    "loss.sapo_temperature_pos": [0.0, NAN],
+    "loss.sapo_temperature_neg": [-1.0, NAN],
     "loss.inner_epochs": [0],
     "loss.micro_batch_groups": [0],
     "optimizer.lr": [0.0, -1e-6, NAN],
@@ -99,7 +104,7 @@ def test_every_number_has_values_that_are_refused():
         prefix + name
         for prefix, kind in sections()
         for name, hint in typing.get_type_hints(kind).items()
-        if hint in (int, float)
+        if {int, float} & {hint, *typing.get_args(hint)}
     }
     assert numbers <= IMPOSSIBLE.keys()
 
@@ -121,7 +126,7 @@ def test_every_field_says_what_it_is():
 
 def test_every_changed_value_survives_the_file(tmp_path):
     config = with_value(
-        with_value(with_value(SMALL, "optimizer.lr", 3e-5), "loss.kl", "k1"), "model.freeze_vision", True
+        with_value(with_value(SMALL, "optimizer.lr", 3e-5), "loss.delta", 4.0), "model.freeze_vision", True
     )
     save_config(config, tmp_path / "config.json")
     assert load_config(tmp_path / "config.json") == config

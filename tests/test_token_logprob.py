@@ -189,3 +189,27 @@ def test_a_target_beyond_the_vocabulary_does_not_pass():
     else:
         with pytest.raises(ValueError, match="below V = 8; got 8"):
             token_logprob(logits, targets)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_program_of_several_blocks(dtype, monkeypatch):
+    monkeypatch.setattr(module, "_PROGRAMS", 1)  # one program reads a row: its running maximum moves between blocks
+    torch.manual_seed(0)
+    logits, _ = some(4, 9001, dtype)
+    logits[0, -1] += 10
+    logits[1, 5000] += 10
+    logits[2, 3] += 10
+    logits[3, :4096] -= 10
+    against_the_truth(logits, torch.tensor([9000, 4999, 3, 7000]))
+
+
+def test_splits_that_are_no_power_of_two():
+    torch.manual_seed(0)
+    logits = torch.randn(3, 9001) - 1e4  # 3 splits: what lies behind them must not become the maximum
+    against_the_truth(logits, torch.tensor([0, 5000, 9000]))
+
+
+def test_a_target_beyond_the_vocabulary_gives_nan_in_the_kernel(path):
+    if path == "triton":
+        logp, _ = module.forward_rows(torch.zeros(2, 8), torch.tensor([8, 1]), 1.0)
+        assert logp.isnan().tolist() == [True, False]

@@ -17,7 +17,7 @@ from medground.cli import main
 from medground.config import load_config
 from medground.records import Example
 from medground.train import _learning_rate, _order, train
-from medground_kernels.grpo_loss import grpo_loss
+from medground_kernels.linear_grpo import linear_grpo
 
 REPEATABLE = ("reward", "iou", "loss", "grad_norm", "kl", "entropy", "ratio_mean", "completion_tokens")
 
@@ -171,13 +171,13 @@ def test_checkpointed_activations_change_nothing(tiny_job, tmp_path: Path):
 
 
 def test_gradients_that_are_not_finite_stop_the_run(tiny_job, tmp_path: Path, monkeypatch):
-    from medground import train as module
+    from medground import policy as module
 
     def poisoned(*args, **options):
-        loss, stats = grpo_loss(*args, **options)
-        return loss * math.nan, stats
+        out = linear_grpo(*args, **options)
+        return out._replace(loss=out.loss * math.nan)
 
-    monkeypatch.setattr(module, "grpo_loss", poisoned)
+    monkeypatch.setattr(module, "linear_grpo", poisoned)
     with pytest.raises(RuntimeError, match="non-finite"):
         train(tiny_job(tmp_path / "run"))
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
