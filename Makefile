@@ -25,7 +25,8 @@ help:
 	@echo "make test    run every test and print the coverage (ARGS='-k records' narrows it)"
 	@echo "make mutate  change the kernels line by line and count what the tests notice (ARGS=token_logprob narrows it)"
 	@echo "make lint    check style, imports and types"
-	@echo "make bench   measure the kernels beside their peers (ARGS='-k sample' narrows it, ARGS=--save keeps the result)"
+	@echo "make peers   install TRL, Liger and cut-cross-entropy into peers/, to be measured too"
+	@echo "make bench   measure the kernels beside their peers (ARGS='-k sample' narrows it, ARGS=--save keeps it)"
 	@echo "make gpu     run every test and the benchmark on the GPU with PYTHON=, which has torch already; installs nothing"
 	@echo "make clean   remove .venv and caches; runs/ stays"
 
@@ -80,10 +81,14 @@ lint: setup
 types: setup $(LINK)
 	$(VENV)/bin/mypy -p medground -p medground_kernels
 
+# beside ours in benchmarks; apart from .venv, so that nothing of theirs is ever imported elsewhere
+peers: | setup
+	$(PIP) install -q --no-deps --target $@ trl==1.16.0 liger-kernel==0.8.5 cut-cross-entropy==25.1.1
+
+bench: export PYTHONPATH := $(CURDIR)/peers$(if $(PYTHONPATH),:$(PYTHONPATH))
 bench: setup
 	$(PY) -m pytest bench -q $(ARGS)
 
-# peers/: wheels unpacked there (pip install --no-deps --target peers trl liger-kernel cut-cross-entropy) are measured too
 gpu: export PYTHONPATH := $(CURDIR):$(CURDIR)/.path:$(CURDIR)/peers$(if $(PYTHONPATH),:$(PYTHONPATH))
 gpu: $(LINK)
 	@$(PYTHON) -c 'import torch' || { echo "'$(PYTHON)' has no torch: name one that has with PYTHON=" >&2; exit 1; }
@@ -93,5 +98,5 @@ gpu: $(LINK)
 	$(PYTHON) -m pytest bench -q $(BENCH)
 
 clean:
-	rm -rf $(VENV) .path build *.egg-info .coverage .coverage.* .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .path peers build *.egg-info .coverage .coverage.* .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './runs/*' -prune -exec rm -rf {} +

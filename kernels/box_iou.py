@@ -98,7 +98,7 @@ def _angle(y, x):
     return tl.where(y > x, 1.5707963267948966 - angle, angle)
 
 
-@jit
+@jit(do_not_specialize=["total", "P", "M"])
 def _pair_kernel(pred_ptr, truth_ptr, out_ptr, total, P, M, worst, KIND: tl.constexpr, BLOCK: tl.constexpr):
     # int64: a step's pairs of boxes may pass 2**31
     pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -146,7 +146,7 @@ def _nearest(cols, distance, reached, owner, BLOCK: tl.constexpr):
     return least, tl.min(tl.where(left == least, cols + tl.where(owner < 0, 0, BLOCK), 2 * BLOCK), 0)
 
 
-@jit
+@jit(do_not_specialize=["P", "M"])
 def _matched_kernel(pred_ptr, pred_count_ptr, truth_ptr, truth_count_ptr, out_ptr, P, M, BLOCK: tl.constexpr):
     # columns past the true boxes overlap nothing: to be matched with one is to stay unmatched
     pair = tl.program_id(0).to(tl.int64)
@@ -225,7 +225,7 @@ def _matched_torch(pred: Tensor, pred_count: Tensor, truth: Tensor, truth_count:
 def _launch_matched(pred: Tensor, pred_count: Tensor, truth: Tensor, truth_count: Tensor) -> Tensor:
     P, M = pred.shape[1], truth.shape[1]
     out = torch.empty(len(pred), dtype=torch.float32, device=pred.device)
-    block = next_power_of_2(max(P, M, 2))
+    block = max(next_power_of_2(max(P, M, 1)), 16)
     warps = min(max(block // 64, 1), 16)
     if len(pred):
         _matched_kernel[out.shape](pred, pred_count, truth, truth_count, out, P, M, BLOCK=block, num_warps=warps)

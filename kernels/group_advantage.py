@@ -63,7 +63,7 @@ def _centre(values, here, G):
     return centred, mean, tl.sum(centred * centred, 0)
 
 
-@jit
+@jit(do_not_specialize=["B", "G", "K", "stride_b", "stride_g", "stride_k"])
 def _group_kernel(
     rewards_ptr, weights_ptr, out_ptr, moments_ptr, B, G, K, stride_b, stride_g, stride_k, eps,
     NORMALIZE: tl.constexpr, PER_REWARD: tl.constexpr, WEIGHTED: tl.constexpr, GROUP: tl.constexpr
@@ -94,7 +94,7 @@ def _group_kernel(
     tl.store(out_ptr + group * G + lanes, centred, mask=here)
 
 
-@jit
+@jit(do_not_specialize=["total", "B", "G"])
 def _batch_kernel(out_ptr, moments_ptr, total, B, G, eps, BLOCK: tl.constexpr):
     # every program puts the groups together, in the same order; groups that hold a NaN are left out
     lanes = tl.arange(0, BLOCK)

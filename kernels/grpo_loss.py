@@ -30,8 +30,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from medground_kernels.backend import cdiv, jit, runs_triton, tl
+from medground_kernels.backend import cdiv, check_devices, jit, runs_triton, tl
 from medground_kernels.grpo_options import STAT_NAMES, GrpoOptions, GrpoOutput
 from medground_kernels.grpo_sums import BLOCK, finish, sequence_sums
 from medground_kernels.grpo_terms import TERMS, Scored, kernel_options, token_terms, token_terms_torch
@@ -99,7 +100,7 @@ def grpo_loss_reference(
     return GrpoOutput(loss, stats.detach(), logp.detach())
 
 
-@jit
+@jit(do_not_specialize=["N"])
 def _token_kernel(
     targets_ptr, logp_ptr, entropy_ptr, old_ptr, ref_ptr, advantages_ptr, of_token_ptr, weight_ptr, log_ratio_ptr,
     mean_kl_ptr, tokens_ptr, terms_ptr, dlogp_ptr, dentropy_ptr, N,
@@ -150,7 +151,7 @@ def _forward(
     N = len(logp)
     at_sequence = logp if options.ratio_level == "sequence" else None
     sequences = sequence_sums(scored, cu_seqlens, N, options, total_tokens, at_sequence)
-    terms = torch.empty((N, TERMS), device=logp.device)
+    terms = logp.new_empty((N, TERMS))
     if not runs_triton(logp):
         H = torch.zeros_like(logp) if entropy is None else entropy
         grads = token_terms_torch(slice(0, N), logp, H, scored, sequences, advantages, options, terms)
@@ -159,9 +160,9 @@ def _forward(
     if N:
         _token_kernel[(cdiv(N, BLOCK),)](
             scored.targets, logp, entropy, scored.old_logp, scored.ref_logp, advantages, *sequences, terms, dlogp,
-            dentropy, N, **kernel_options(options), HAS_TARGETS=scored.targets is not None,
-            HAS_ENTROPY=entropy is not None, HAS_OLD=scored.old_logp is not None, HAS_REF=scored.ref_logp is not None,
-            BLOCK=BLOCK
+            dentropy, N, **kernel_options(options, scored.ref_logp is not None),
+            HAS_TARGETS=scored.targets is not None, HAS_ENTROPY=entropy is not None,
+            HAS_OLD=scored.old_logp is not None, BLOCK=BLOCK
         )  # fmt: skip
     return *finish(terms), dlogp, dentropy
 
@@ -175,20 +176,24 @@ class _GrpoLoss(torch.autograd.Function):
         return loss, stats
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         dlogp, dentropy = ctx.saved_tensors
         return dlogp * dloss, dentropy * dloss if ctx.needs_input_grad[1] else None, *[None] * 5
 
 
 def check_sequences(advantages: Tensor, cu_seqlens: Tensor, N: int, options: GrpoOptions, scored: Scored) -> None:
-    """Shapes and dtypes; on a CPU, where it costs no waiting, also that the sequences cover the tokens."""
-    S = len(advantages)
+    """Shapes, dtypes and devices; on a CPU, where it costs no waiting, also that the sequences cover the tokens."""
+    S = len(advantages) if advantages.dim() else 0
     wrong = {name: tuple(t.shape) for name, t in scored._asdict().items() if t is not None and t.shape != (N,)}
     if advantages.dim() != 1 or cu_seqlens.shape != (S + 1,) or cu_seqlens.dtype != torch.int32 or wrong:
         raise ValueError(
             f"want advantages [S], cu_seqlens [S+1] int32 and per token [{N}]; got {tuple(advantages.shape)}, "
             f"{tuple(cu_seqlens.shape)} {cu_seqlens.dtype}, {wrong}"
         )
+    if scored.targets is not None and scored.targets.dtype != torch.int64:
+        raise ValueError(f"want targets int64; got {scored.targets.dtype}")
+    check_devices(advantages=advantages, cu_seqlens=cu_seqlens, **scored._asdict())
     if options.beta > 0 and scored.ref_logp is None:
         raise ValueError(f"beta {options.beta}: want ref_logp; got None")
     if not cu_seqlens.is_cuda and (cu_seqlens[0] != 0 or cu_seqlens[-1] != N or (cu_seqlens.diff() < 0).any()):
@@ -234,9 +239,10 @@ def grpo_loss(
         ValueError: shapes do not agree, or something required is missing.
     """
     options = options or GrpoOptions()
-    if logp.dim() != 1 or (entropy is not None and entropy.shape != logp.shape):
+    if logp.dim() != 1 or not logp.is_floating_point() or (entropy is not None and entropy.shape != logp.shape):
         shape = None if entropy is None else tuple(entropy.shape)
-        raise ValueError(f"want logp [N] and entropy [N]; got {tuple(logp.shape)}, {shape}")
+        raise ValueError(f"want floating logp [N] and entropy [N]; got {tuple(logp.shape)} {logp.dtype}, {shape}")
+    check_devices(logp=logp, entropy=entropy, advantages=advantages)
     if options.entropy_coef and entropy is None:
         raise ValueError(f"entropy_coef {options.entropy_coef}: want entropy; got None")
     scored = Scored(targets, as_float(old_logp), as_float(ref_logp))

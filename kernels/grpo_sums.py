@@ -21,18 +21,19 @@ def divisor(options: GrpoOptions) -> str:
     return {"grpo": "sequence", "sapo": "sequence", "dr_grpo": "length"}.get(options.loss_type, "tokens")
 
 
-@jit
+@jit(do_not_specialize=["N"])
 def _sequence_kernel(
-    targets_ptr, logp_ptr, old_ptr, ref_ptr, cu_ptr, of_token_ptr, count_ptr, log_ratio_ptr, mean_kl_ptr,
+    targets_ptr, logp_ptr, old_ptr, ref_ptr, cu_ptr, of_token_ptr, count_ptr, log_ratio_ptr, mean_kl_ptr, N,
     HAS_TARGETS: tl.constexpr, HAS_LOGP: tl.constexpr, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr,
     KL: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     s = tl.program_id(0)
-    end = tl.load(cu_ptr + s + 1)
+    # bounds that are wrong must not write beyond the tokens
+    end = tl.minimum(tl.load(cu_ptr + s + 1), N)
     count = tl.zeros([BLOCK], tl.float32)
     log_ratio = tl.zeros([BLOCK], tl.float32)
     kl = tl.zeros([BLOCK], tl.float32)
-    for first in range(tl.load(cu_ptr + s), end, BLOCK):
+    for first in range(tl.maximum(tl.load(cu_ptr + s), 0), end, BLOCK):
         at = first + tl.arange(0, BLOCK)
         valid = at < end
         tl.store(of_token_ptr + at, s, mask=at < end)
@@ -52,7 +53,7 @@ def _sequence_kernel(
         tl.store(mean_kl_ptr + s, tl.sum(kl, 0) / tl.maximum(total, 1.0))
 
 
-@jit
+@jit(do_not_specialize=["S"])
 def _weight_kernel(
     count_ptr, total_ptr, weight_ptr, tokens_ptr, S, length, DIVISOR: tl.constexpr, HAS_TOTAL: tl.constexpr,
     BLOCK: tl.constexpr
@@ -76,7 +77,7 @@ def _weight_kernel(
         tl.store(weight_ptr + first + lanes, weight, mask=first + lanes < S)
 
 
-@jit
+@jit(do_not_specialize=["N"])
 def _finish_kernel(terms_ptr, loss_ptr, stats_ptr, N, BLOCK: tl.constexpr):
     kinds = tl.arange(0, 8)
     sums = tl.zeros([BLOCK, 8], tl.float32)
@@ -110,21 +111,24 @@ def sequence_sums(
 ) -> Sequences:
     """Count each sequence's tokens and weigh them; with `logp` [N], the sequence level's ratio and KL too."""
     device, S = cu_seqlens.device, len(cu_seqlens) - 1
+
+    def numbers(size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.float32, device=device)
+
     if options.loss_type == "bnpo":
         total_tokens = None
-    elif isinstance(total_tokens, int):
-        total_tokens = torch.full((), float(total_tokens), device=device)
+    elif total_tokens is not None and not isinstance(total_tokens, Tensor):
+        total_tokens = torch.full((), float(total_tokens), dtype=torch.float32, device=device)
     elif total_tokens is not None:
         total_tokens = total_tokens.float()
     if not runs_triton(cu_seqlens):
         return _sequence_sums_torch(scored, cu_seqlens, N, options, total_tokens, logp)
-    of_token = torch.empty(N, dtype=torch.int32, device=device)
-    count, weight = torch.empty(S, device=device), torch.empty(S, device=device)
-    log_ratio, mean_kl = (torch.empty(S if logp is not None else 0, device=device) for _ in range(2))
-    tokens = torch.empty(1, device=device)
+    of_token = torch.zeros(N, dtype=torch.int32, device=device)
+    count, weight, tokens = numbers(S), numbers(S), numbers(1)
+    log_ratio, mean_kl = (numbers(S if logp is not None else 0) for _ in range(2))
     if S:
         _sequence_kernel[(S,)](
-            scored.targets, logp, scored.old_logp, scored.ref_logp, cu_seqlens, of_token, count, log_ratio, mean_kl,
+            scored.targets, logp, scored.old_logp, scored.ref_logp, cu_seqlens, of_token, count, log_ratio, mean_kl, N,
             HAS_TARGETS=scored.targets is not None, HAS_LOGP=logp is not None, HAS_OLD=scored.old_logp is not None,
             HAS_REF=scored.ref_logp is not None, KL=options.kl, BLOCK=BLOCK
         )  # fmt: skip
@@ -139,7 +143,7 @@ def finish(terms: Tensor) -> tuple[Tensor, Tensor]:
     """Terms [N, 8] of all tokens -> loss, a scalar, and statistics [10]."""
     N = len(terms)
     if runs_triton(terms):
-        loss, stats = torch.empty((), device=terms.device), torch.empty(10, device=terms.device)
+        loss, stats = terms.new_empty(()), terms.new_empty(10)
         _finish_kernel[(1,)](terms, loss, stats, N, BLOCK=BLOCK, num_warps=8)
         return loss, stats
     total = terms.sum(0)
@@ -150,25 +154,26 @@ def finish(terms: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sequence_sums_torch(scored, cu_seqlens, N, options, total_tokens, logp):
-    S = len(cu_seqlens) - 1
-    of_token = torch.repeat_interleave(torch.arange(S), cu_seqlens.diff().long(), output_size=N)
-    valid = torch.ones(N) if scored.targets is None else (scored.targets >= 0).float()
+    S, device = len(cu_seqlens) - 1, cu_seqlens.device
+    of_token = torch.repeat_interleave(torch.arange(S, device=device), cu_seqlens.diff().long(), output_size=N)
+    nothing = torch.zeros(N, dtype=torch.float32, device=device)
+    valid = nothing + 1 if scored.targets is None else (scored.targets >= 0).float()
 
     def summed(values: Tensor) -> Tensor:
-        return torch.zeros(S).index_add_(0, of_token, values)
+        return values.new_zeros(S).index_add_(0, of_token, values)
 
     count = summed(valid)
-    log_ratio = mean_kl = torch.empty(0)
+    log_ratio = mean_kl = nothing[:0]
     if logp is not None:
-        apart = torch.zeros(N) if scored.old_logp is None else (logp - scored.old_logp)
-        kl = torch.zeros(N) if scored.ref_logp is None else kl_torch(logp, scored.ref_logp, options.kl)[0]
+        apart = nothing if scored.old_logp is None else logp - scored.old_logp
+        kl = nothing if scored.ref_logp is None else kl_torch(logp, scored.ref_logp, options.kl)[0]
         log_ratio = summed(apart.where(valid > 0, 0)) / count.clamp(min=1)
         mean_kl = summed(kl.where(valid > 0, 0)) / count.clamp(min=1)
     tokens = count.sum()
     if divisor(options) == "sequence":
         weight = 1 / (S * count.clamp(min=1))
     elif divisor(options) == "length":
-        weight = torch.full((S,), 1 / (max(S, 1) * options.max_completion_length))
+        weight = torch.full_like(count, 1 / (max(S, 1) * options.max_completion_length))
     else:
         weight = (1 / (tokens if total_tokens is None else total_tokens).clamp(min=1)).expand(S)
     return Sequences(of_token.int(), weight, log_ratio, mean_kl, tokens[None])

@@ -47,21 +47,24 @@ def objective(options: GrpoOptions) -> str:
     return options.loss_type if options.loss_type in ("cispo", "sapo") else "clip"
 
 
-def kernel_options(options: GrpoOptions) -> dict[str, Any]:
+def kernel_options(options: GrpoOptions, has_ref: bool) -> dict[str, Any]:
     """Run-time numbers and compile-time choices of `token_terms`, by the names that kernels give them."""
     return {
-        "epsilon_low": options.epsilon_low,
-        "epsilon_high": options.epsilon_high,
-        "delta": float("inf") if options.delta is None else options.delta,
-        "dual_clip": float("inf") if options.dual_clip is None else options.dual_clip,
-        "beta": options.beta,
-        "entropy_coef": options.entropy_coef,
-        "tau_pos": options.sapo_temperature_pos,
-        "tau_neg": options.sapo_temperature_neg,
+        # an integer would be another type, and 1 another kernel
+        "epsilon_low": float(options.epsilon_low),
+        "epsilon_high": float(options.epsilon_high),
+        "delta": float("inf") if options.delta is None else float(options.delta),
+        "dual_clip": float("inf") if options.dual_clip is None else float(options.dual_clip),
+        "beta": float(options.beta),
+        "entropy_coef": float(options.entropy_coef),
+        "tau_pos": float(options.sapo_temperature_pos),
+        "tau_neg": float(options.sapo_temperature_neg),
         "OBJECTIVE": objective(options),
-        "KL": options.kl,
-        "KL_RATIO": options.kl_ratio,
+        # without a reference all kinds are one kernel
+        "KL": options.kl if has_ref else "k3",
+        "KL_RATIO": options.kl_ratio and has_ref,
         "SEQUENCE": options.ratio_level == "sequence",
+        "HAS_REF": has_ref,
     }
 
 
@@ -114,6 +117,10 @@ def token_terms(
     policy, slope, low, high = policy_terms(
         logp, ratio, advantage, epsilon_low, epsilon_high, delta, dual_clip, tau_pos, tau_neg, OBJECTIVE
     )
+    # minima and maxima would drop it, and a broken rollout train unseen
+    lost = (log_ratio != log_ratio) | (logp != logp)
+    policy = tl.where(lost, float("nan"), policy)
+    slope = tl.where(lost, float("nan"), slope)
     kl = tl.zeros(logp.shape, tl.float32)
     if HAS_REF:
         kl, kl_slope = kl_terms(logp, ref, KL)
@@ -171,12 +178,14 @@ def token_terms_torch(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Write the terms of tokens `at`; return the loss's derivatives in their logp and entropy."""
     s = sequences.of_token[at].long()
-    valid = torch.ones(len(s), dtype=torch.bool) if scored.targets is None else scored.targets[at] >= 0
+    valid = torch.ones_like(s, dtype=torch.bool) if scored.targets is None else scored.targets[at] >= 0
     log_ratio = torch.zeros_like(logp) if scored.old_logp is None else logp - scored.old_logp[at]
     if options.ratio_level == "sequence":
         log_ratio = sequences.log_ratio[s]
     ratio = log_ratio.exp()
     policy, slope, low, high = _policy_torch(logp, ratio, advantages[s], options)
+    lost = log_ratio.isnan() | logp.isnan()
+    policy, slope = policy.masked_fill(lost, torch.nan), slope.masked_fill(lost, torch.nan)
     kl = torch.zeros_like(logp)
     if scored.ref_logp is not None:
         kl, kl_slope = kl_torch(logp, scored.ref_logp[at], options.kl)

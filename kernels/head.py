@@ -3,10 +3,11 @@
     logits = hidden @ weight.T + bias        dhidden = dlogits @ weight
                                              dweight = dlogits.T @ hidden,   dbias = dlogits.sum(0)
 
-The products are cuBLAS's, in the inputs' dtype with float32 sums inside. The weight's gradient is added up over the
-chunks in float32: in bfloat16 a chunk's share would be rounded away. Each chunk reads and writes that gradient once
-(2.2 GB for a head of 152064 x 3584), so few large chunks are fast and many small ones save memory. With one chunk
-the product writes the gradient in its own dtype and no float32 copy exists.
+The products are cuBLAS's, in the inputs' dtype with float32 sums inside (but for partial sums of a split product, which
+torch.backends.cuda.matmul lets it reduce in bfloat16 by default). The weight's gradient is added up over the chunks in
+float32: in bfloat16 a chunk's share would be rounded away. Each chunk reads and writes that gradient once (2.2 GB for a
+head of 152064 x 3584), so few large chunks are fast and many small ones save memory. With one chunk the product writes
+the gradient in its own dtype and no float32 copy exists.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from medground_kernels.backend import cdiv, jit, runs_triton, tl
+from medground_kernels.backend import cdiv, check_devices, jit, runs_triton, tl
 
 CUDA_BUDGET = 1_250_000_000  # bytes: 4096 rows of a 152k vocabulary in bfloat16; not measured yet
 CPU_BUDGET = 32 << 20  # bytes: larger chunks were not faster (docs/log.md)
@@ -28,6 +29,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"want hidden [N, H], weight [V, H]; got {shapes}")
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
         raise ValueError(f"want bias [V] of the weight's dtype; got {shapes}, {bias.dtype}")
+    check_devices(hidden=hidden, weight=weight, bias=bias)
     if hidden.dtype != weight.dtype or hidden.dtype not in (torch.float32, torch.bfloat16):
         # float16 would lose the gradients of a loss that is divided by thousands of tokens
         raise ValueError(f"want float32 or bfloat16 hidden and weight alike; got {hidden.dtype}, {weight.dtype}")
@@ -40,11 +42,13 @@ def row_chunks(N: int, weight: Tensor, memory_budget: int | None) -> list[slice]
         memory_budget = max(CUDA_BUDGET if weight.is_cuda else CPU_BUDGET, row)
     if memory_budget < row:
         raise ValueError(f"want memory_budget >= {row} bytes, one row of logits; got {memory_budget}")
-    most = memory_budget // row
-    if not N:
-        return []
+    most = int(memory_budget // row)
+    if most >= N:
+        return [slice(0, N)] if N else []
+    if most >= 128:
+        most = most // 128 * 128  # whole tiles of the matrix products, aligned slices of the tokens
     rows = cdiv(N, cdiv(N, most))
-    rows = min(cdiv(rows, 128) * 128, most)  # whole tiles of the matrix products
+    rows = min(cdiv(rows, 128) * 128, most)
     return [slice(start, min(start + rows, N)) for start in range(0, N, rows)]
 
 
@@ -66,7 +70,10 @@ class HeadGradients:
         dtype = weight.dtype if chunks == 1 else torch.float32
         make = torch.empty if chunks else torch.zeros
         self.weight = make(weight.shape, dtype=dtype, device=weight.device) if need_weight else None
-        self.bias = torch.zeros(len(weight), device=weight.device) if need_bias and bias is not None else None
+        self.bias = None
+        if need_bias and bias is not None:
+            self.bias = torch.zeros(len(weight), dtype=torch.float32, device=weight.device)
+        self._chunk_bytes = cdiv(len(hidden), max(chunks, 1)) * len(weight) * weight.element_size()
 
     def add(self, rows: slice, dlogits: Tensor) -> None:
         """Add a chunk's share."""
@@ -78,8 +85,12 @@ class HeadGradients:
             self.bias += dlogits.sum(0, dtype=torch.float32)
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The gradients in the dtypes of what they belong to."""
-        weight = self.weight if self.weight is None else _narrow(self.weight, self._weight.dtype)
+        """The gradients in the dtypes of what they belong to; the logits' buffer must be free by now."""
+        weight, dtype = self.weight, self._weight.dtype
+        if weight is not None and weight.dtype != dtype:
+            # beside the sums where a chunk of logits was, or else in their own memory
+            room = weight.numel() * dtype.itemsize
+            weight = weight.to(dtype) if room <= self._chunk_bytes else _narrow(weight, dtype)
         return self.hidden, weight, self.bias if self.bias is None else self.bias.to(self._weight.dtype)
 
 
@@ -98,8 +109,6 @@ def _narrow(total: Tensor, dtype: torch.dtype) -> Tensor:
 
     The loss is where a step's memory is at its peak: a copy beside the float32 sums would raise it by half of them.
     """
-    if total.dtype == dtype:
-        return total
     wide = total.view(-1)
     narrow = wide.view(dtype)[: len(wide)]
     done = min(len(wide), 1 << 20)

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from medground_kernels.backend import jit, runs_triton, tl
+from medground_kernels.backend import check_devices, jit, runs_triton, tl
 from medground_kernels.grpo_loss import as_float, check_sequences, grpo_loss_reference
 from medground_kernels.grpo_options import GrpoOptions, GrpoOutput
 from medground_kernels.grpo_sums import finish, sequence_sums
@@ -28,7 +29,8 @@ from medground_kernels.head import HeadGradients, check_head, head_logits, row_c
 from medground_kernels.linear_logprob import linear_logprob_reference
 from medground_kernels.token_logprob import check_targets, dlogits_block, fold_block, forward_rows, join_lanes
 
-# a program a processor: the rows that all of them are at (132 of 304 kB) stay in the cache of 50 MB; not measured yet
+# two programs a processor: one waits for its row's sums while the other reads. The rows that they are at (264 of 304
+# kB) pass the cache of 50 MB, so part of the second reading goes to memory. Not measured yet
 BLOCK, NUM_WARPS = 16_384, 32
 _TORCH_ELEMENTS = 1 << 18  # logits that the plain torch path looks at at once: what a core's cache holds
 
@@ -141,8 +143,8 @@ def _rows(
     _row_kernel[(len(logits),)](
         logits, scored.targets, scored.old_logp, scored.ref_logp, batch.advantages, sequences.of_token[rows],
         *sequences[1:], terms[rows], logp[rows], logits.shape[1], logits.stride(0), 1 / o.temperature,
-        **kernel_options(o), HAS_OLD=scored.old_logp is not None, HAS_REF=scored.ref_logp is not None,
-        GRADIENT=gradient, WIDTH=16 // logits.element_size(), BLOCK=BLOCK, num_warps=NUM_WARPS
+        **kernel_options(o, scored.ref_logp is not None), HAS_OLD=scored.old_logp is not None, GRADIENT=gradient,
+        WIDTH=16 // logits.element_size(), BLOCK=BLOCK, num_warps=NUM_WARPS
     )  # fmt: skip
 
 
@@ -179,37 +181,45 @@ def _rows_torch(rows, logits, batch, sequences, terms, logp, gradient):
         block.copy_(grad.masked_fill_(masked, 0.0) if masked.any() else grad)
 
 
+def _chunks(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: _Batch, needed: tuple[bool, ...]
+) -> tuple[HeadGradients, Tensor, Tensor]:
+    """Sums of the gradients, terms [N, 8] and log-probabilities [N]; the logits are gone when it returns."""
+    N, chunks = len(hidden), batch.chunks
+    buffer = hidden.new_empty(chunks[0].stop if chunks else 0, len(weight))
+    logp = hidden.new_empty(N, dtype=torch.float32)
+    terms = hidden.new_empty((N, TERMS), dtype=torch.float32)
+    at_sequence = batch.options.ratio_level == "sequence"
+    if at_sequence:
+        for rows in chunks:
+            logits = head_logits(hidden[rows], weight, bias, buffer)
+            logp[rows] = forward_rows(logits, batch.targets[rows], batch.options.temperature)[0]
+    sequences = sequence_sums(
+        batch.scored, batch.cu_seqlens, N, batch.options, batch.total_tokens, logp if at_sequence else None
+    )
+    gradients = HeadGradients(hidden, weight, bias, needed, len(chunks))
+    for rows in chunks:
+        if not (at_sequence and len(chunks) == 1):  # a single chunk's logits are still there
+            logits = head_logits(hidden[rows], weight, bias, buffer)
+        _rows(rows, logits, batch, sequences, terms, logp, any(needed))
+        gradients.add(rows, logits)
+    return gradients, terms, logp
+
+
 class _LinearGrpo(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: _Batch, grad_enabled: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        N = len(hidden)
         needed = tuple(grad_enabled and need for need in ctx.needs_input_grad[:3])
-        buffer = hidden.new_empty(batch.chunks[0].stop if batch.chunks else 0, len(weight))
-        logp = hidden.new_empty(N, dtype=torch.float32)
-        terms = hidden.new_empty((N, TERMS), dtype=torch.float32)
-        first = None
-        if batch.options.ratio_level == "sequence":
-            for rows in batch.chunks:
-                first = head_logits(hidden[rows], weight, bias, buffer)
-                logp[rows] = forward_rows(first, batch.targets[rows], batch.options.temperature)[0]
-        sequences = sequence_sums(
-            batch.scored, batch.cu_seqlens, N, batch.options, batch.total_tokens, None if first is None else logp
-        )
-        gradients = HeadGradients(hidden, weight, bias, needed, len(batch.chunks))
-        for rows in batch.chunks:
-            here = first is not None and len(batch.chunks) == 1
-            logits = first if here and first is not None else head_logits(hidden[rows], weight, bias, buffer)
-            _rows(rows, logits, batch, sequences, terms, logp, any(needed))
-            gradients.add(rows, logits)
-        del buffer, first  # before the weight's gradient may need room
+        gradients, terms, logp = _chunks(hidden, weight, bias, batch, needed)
         ctx.gradients = gradients.finish()
         loss, stats = finish(terms)
         ctx.mark_non_differentiable(stats, logp)
         return loss, stats, logp
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError(
@@ -251,7 +261,8 @@ def linear_grpo(
             them there are the gradients, the weight's in float32 when more than one chunk adds to it.
 
     Returns:
-        GrpoOutput(loss, stats, logp). `backward` may be called once.
+        GrpoOutput(loss, stats, logp). `backward` may be called once: ask for all gradients together. An upstream
+        gradient of 1 costs nothing; another is multiplied in, over the gradients' memory and in their dtype.
 
     Raises:
         ValueError: an input is not as above. Targets >= V and wrong cu_seqlens are seen on a CPU alone; on CUDA
@@ -259,6 +270,7 @@ def linear_grpo(
     """
     options = options or GrpoOptions()
     check_head(hidden, weight, bias)
+    check_devices(hidden=hidden, targets=targets, advantages=advantages)
     N = len(hidden)
     targets = check_targets(targets, N, len(weight))
     scored = Scored(targets, as_float(old_logp), as_float(ref_logp))

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from medground_kernels.backend import check_devices
 from medground_kernels.head import HeadGradients, check_head, head_logits, row_chunks
 from medground_kernels.token_logprob import (
     Softmax,
@@ -51,17 +53,22 @@ class _LinearLogprob(torch.autograd.Function):
         return logp, softmax.entropy if softmax else torch.empty_like(logp)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dlogp: Tensor, dentropy: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, *saved = ctx.saved_tensors
-        gradients = HeadGradients(hidden, weight, bias, ctx.needs_input_grad[:3], len(ctx.chunks))
-        buffer = hidden.new_empty(ctx.chunks[0].stop if ctx.chunks else 0, len(weight))
-        dlogp, dentropy = dlogp.contiguous(), dentropy.contiguous()
-        for rows in ctx.chunks:
-            logits = head_logits(hidden[rows], weight, bias, buffer)
-            softmax = Softmax(*(t[rows] for t in saved))
-            backward_rows(dlogp[rows], dentropy[rows], logits, targets[rows], softmax, ctx.temperature, logits)
-            gradients.add(rows, logits)
-        return *gradients.finish(), None, None, None
+        return *_backward(ctx, dlogp.contiguous(), dentropy.contiguous()).finish(), None, None, None
+
+
+def _backward(ctx: Any, dlogp: Tensor, dentropy: Tensor) -> HeadGradients:
+    """Sums of the gradients; the logits are gone when it returns."""
+    hidden, weight, bias, targets, *saved = ctx.saved_tensors
+    gradients = HeadGradients(hidden, weight, bias, ctx.needs_input_grad[:3], len(ctx.chunks))
+    buffer = hidden.new_empty(ctx.chunks[0].stop if ctx.chunks else 0, len(weight))
+    for rows in ctx.chunks:
+        logits = head_logits(hidden[rows], weight, bias, buffer)
+        softmax = Softmax(*(t[rows] for t in saved))
+        backward_rows(dlogp[rows], dentropy[rows], logits, targets[rows], softmax, ctx.temperature, logits)
+        gradients.add(rows, logits)
+    return gradients
 
 
 def linear_logprob(
@@ -91,6 +98,7 @@ def linear_logprob(
         ValueError: an input is not as above. Targets >= V are seen on a CPU alone; on CUDA they give NaN.
     """
     check_head(hidden, weight, bias)
+    check_devices(hidden=hidden, targets=targets)
     if not 0 < temperature < float("inf"):
         raise ValueError(f"want temperature > 0; got {temperature}")
     targets = check_targets(targets, len(hidden), len(weight))

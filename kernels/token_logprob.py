@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from medground_kernels.backend import cdiv, jit, next_power_of_2, runs_triton, tl
+from medground_kernels.backend import cdiv, check_devices, jit, next_power_of_2, runs_triton, tl
 
 BLOCK, NUM_WARPS = 4096, 8  # not measured yet
 _PROGRAMS = 132 * 16  # several for each of an H100's processors, so that a row cut finely keeps all of them busy
@@ -80,7 +81,7 @@ def dlogits_block(logits, cols, target, top, log_total, entropy, dlogp, dentropy
     return (tl.where(cols == target, dlogp, 0.0) - tl.exp(logp) * (dlogp + bonus)) * inv_temp
 
 
-@jit
+@jit(do_not_specialize=["splits"])
 def _split_kernel(
     logits_ptr, targets_ptr, partial_ptr, V, row_stride, split_cols, splits, inv_temp,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr
@@ -104,7 +105,7 @@ def _split_kernel(
         tl.store(place + splits * 2, centred_sum)
 
 
-@jit
+@jit(do_not_specialize=["splits"])
 def _join_kernel(
     logits_ptr, targets_ptr, partial_ptr, logp_ptr, entropy_ptr, top_ptr, log_total_ptr,
     V, row_stride, splits, inv_temp, SPLITS: tl.constexpr
@@ -176,7 +177,7 @@ def forward_rows(logits: Tensor, targets: Tensor, temperature: float) -> tuple[T
     )  # fmt: skip
     _join_kernel[(N,)](
         logits, targets, partial, logp, entropy, top, log_total, V, logits.stride(0), splits, 1 / temperature,
-        SPLITS=next_power_of_2(splits), num_warps=1
+        SPLITS=max(next_power_of_2(splits), 64), num_warps=1
     )  # fmt: skip
     return logp, Softmax(entropy, top, log_total)
 
@@ -243,6 +244,7 @@ class _TokenLogprob(torch.autograd.Function):
         return logp, softmax.entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dlogp: Tensor, dentropy: Tensor) -> tuple[Tensor, None, None, None]:
         logits, targets, *softmax = ctx.saved_tensors
         out = logits.detach() if ctx.inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
@@ -291,5 +293,6 @@ def token_logprob(
         raise ValueError(f"want logits with unit stride in V and rows that do not overlap; got {logits.stride()}")
     if not 0 < temperature < float("inf"):
         raise ValueError(f"want temperature > 0; got {temperature}")
+    check_devices(logits=logits, targets=targets)
     targets = check_targets(targets, N, V)
     return TokenLogprob(*_TokenLogprob.apply(logits, targets, temperature, inplace_backward))

@@ -176,6 +176,15 @@ def test_a_small_spread_about_a_large_mean():
 
 
 @every_mode
+def test_a_mean_common_to_all_groups_costs_no_digits(normalize, per_reward):
+    torch.manual_seed(0)
+    small = torch.randint(0, 9, (7, 3)).float()
+    options = {"normalize": normalize, "per_reward": per_reward}
+    near, far = group_advantage(small, **options), group_advantage(small + 10_000_001, **options)
+    torch.testing.assert_close(far, near, atol=2e-7, rtol=2e-7)
+
+
+@every_mode
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", [0, 3])
 def test_a_bad_reward_spoils_its_group_and_no_other(bad, where, normalize, per_reward):

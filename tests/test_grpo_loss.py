@@ -10,6 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from medground_kernels.grpo_loss import STAT_NAMES, GrpoOptions, grpo_loss, grpo_loss_reference
+from medground_kernels.grpo_sums import sequence_sums
+from medground_kernels.grpo_terms import Scored
 
 pytestmark = pytest.mark.usefixtures("path")
 
@@ -141,6 +143,46 @@ def test_a_ratio_beyond_all_bounds_spoils_nothing(loss_type):
     assert logp.grad[1] == 0 and logp.grad[2] > 0
 
 
+@pytest.mark.parametrize("loss_type", ["dapo", "sapo", "cispo", "grpo"])
+@pytest.mark.parametrize("where", ["logp", "old_logp", "ref_logp"])
+@pytest.mark.parametrize("ratio_level", ["token", "sequence"])
+def test_nan_is_not_hidden(loss_type, where, ratio_level):
+    torch.manual_seed(0)
+    for sign in (1.0, -1.0):
+        case = per_token([2, 3], masked=False)
+        case["advantages"] = torch.full((2,), sign)
+        case[where][1] = math.nan
+        found = outcome(grpo_loss, case, options=GrpoOptions(loss_type=loss_type, beta=0.1, ratio_level=ratio_level))
+        assert found["loss"].isnan() and found["dlogp"][1].isnan() and found["dlogp"][2:].isfinite().all()
+
+
+def test_wrong_bounds_write_nowhere_else(path):
+    if path == "torch":
+        pytest.skip("plain torch refuses them")
+    scored, options = Scored(None, None, None), GrpoOptions()
+    found = sequence_sums(scored, torch.tensor([-3, 2, 99]).int(), 4, options, None, None)
+    assert found.of_token.tolist() == [0, 0, 1, 1] and found.tokens.item() == 4
+
+
+def test_the_default_dtype_changes_nothing():
+    case = per_token([4, 3], masked=True)
+    wanted = outcome(grpo_loss, case, options=GrpoOptions(beta=0.1, ratio_level="sequence"))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = grpo_loss(**case, options=GrpoOptions(beta=0.1, ratio_level="sequence"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found.loss, wanted["loss"]) and torch.equal(found.stats, wanted["stats"])
+
+
+def test_second_derivatives_are_refused():
+    case = per_token([4, 3], masked=True)
+    leaf = case.pop("logp").requires_grad_()
+    (grad,) = torch.autograd.grad(grpo_loss(leaf, **case).loss, leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        grad.sum().backward()
+
+
 def test_statistics():
     torch.manual_seed(1)
     case = per_token([3, 1, 7, 0, 2], masked=True)
@@ -169,7 +211,7 @@ def test_statistics():
 
 def test_the_divisor_may_lie_on_the_device():
     case = per_token([3, 4], masked=False)
-    for total in (11, torch.tensor(11)):
+    for total in (11, 11.0, torch.tensor(11)):
         assert torch.equal(grpo_loss(**case, total_tokens=total).loss, grpo_loss(**case, total_tokens=11).loss)
 
 
@@ -229,8 +271,14 @@ def test_mistakes_are_named():
         grpo_loss(logp, advantages, bounds, options=GrpoOptions(beta=0.1))
     with pytest.raises(ValueError, match="want entropy; got None"):
         grpo_loss(logp, advantages, bounds, options=GrpoOptions(entropy_coef=0.1))
-    with pytest.raises(ValueError, match=r"entropy \[N\]; got \(11,\), \(3,\)"):
+    with pytest.raises(ValueError, match=r"entropy \[N\]; got \(11,\) torch.float32, \(3,\)"):
         grpo_loss(logp, advantages, bounds, entropy=old[:3])
+    with pytest.raises(ValueError, match=r"targets int64; got torch\.bool"):  # a mask would mask nothing
+        grpo_loss(logp, advantages, bounds, targets=old < 0)
+    with pytest.raises(ValueError, match="floating logp"):
+        grpo_loss(logp.long(), advantages, bounds)
+    with pytest.raises(ValueError, match=r"one device; got .*'advantages': 'meta'"):
+        grpo_loss(logp, advantages.to("meta"), bounds)
     if not bounds.is_cuda:
         for wrong in ([0, 3, 4, 10], [1, 3, 4, 11], [0, 5, 4, 11]):
             with pytest.raises(ValueError, match=f"from 0 up to 11; got {wrong}".replace("[", r"\[")):

@@ -8,6 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import medground_kernels.head as head_module
+import medground_kernels.linear_grpo as linear_grpo_module
+import medground_kernels.linear_grpo as module
 from medground_kernels.grpo_loss import GrpoOptions, grpo_loss
 from medground_kernels.linear_grpo import linear_grpo, linear_grpo_reference
 from medground_kernels.linear_logprob import linear_logprob
@@ -160,6 +162,32 @@ def test_a_frozen_input_gets_no_gradient():
         assert {k: t.grad is not None for k, t in given.items()} == {k: k == name for k in given}
 
 
+@pytest.mark.parametrize(("budget", "share"), [(None, 1), (8_000, 1), (3_200, 1), (2_400, 2)])
+def test_the_gradient_keeps_no_more_memory_than_it_must(budget, share):
+    """Narrowed where a chunk of logits was or, where that is too small, in the memory of its own float32 sums."""
+    leaves, rest = batch([7, 5], 4, 400, dtype=torch.bfloat16)
+    grad = outcome(linear_grpo, leaves, rest, memory_budget=budget)["dweight"]
+    assert grad.dtype == torch.bfloat16
+    assert grad.untyped_storage().nbytes() == share * grad.nbytes
+
+
+def test_a_target_beyond_the_vocabulary_spoils_the_loss(path):
+    if path == "torch":
+        pytest.skip("plain torch refuses it")
+    leaves, rest = batch([2, 3], 4, 20, masked=False)
+    rest["old_logp"] = rest["ref_logp"] = None
+    rest["targets"][1] = 20
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear_grpo_module, "check_targets", lambda targets, N, V: targets)
+        found = outcome(linear_grpo, leaves, rest)
+    assert found["loss"].isnan() and found["logp"].isnan().tolist() == [False, True, False, False, False]
+
+
+def test_a_step_with_a_budget_in_floating_point():
+    leaves, rest = batch([2, 3], 4, 20)
+    assert linear_grpo(**leaves, **rest, memory_budget=2e2).loss.isfinite()
+
+
 def test_nothing_to_score():
     leaves, rest = batch([2, 1], 4, 20)
     for lengths in ([0, 0], []):
@@ -201,19 +229,28 @@ def test_scaling_by_one_touches_nothing(size):
 
 
 def test_the_same_twice():
-    leaves, rest = batch([9, 30, 12], 8, 300)
-    first, second = (outcome(linear_grpo, leaves, rest, memory_budget=7 * 1200) for _ in range(2))
+    leaves, rest = batch([4, 6, 3], 8, 300)
+    first, second = (outcome(linear_grpo, leaves, rest, memory_budget=5 * 1200) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_masked_tokens_may_hold_anything():
-    leaves, rest = batch([9, 30, 12], 8, 300)
+    leaves, rest = batch([3, 6, 4], 8, 300)
     spoilt = {name: t.clone() for name, t in rest.items()}
     for name in ("old_logp", "ref_logp"):
         spoilt[name][rest["targets"] < 0] = torch.nan
     first, second = (outcome(linear_grpo, leaves, r, options=GrpoOptions(beta=0.1)) for r in (rest, spoilt))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert (first["dhidden"][rest["targets"] < 0] == 0).all()
+
+
+def test_a_target_beyond_the_vocabulary_gives_nan_in_the_kernel(path, monkeypatch):
+    if path == "torch":
+        pytest.skip("a CPU refuses it")
+    monkeypatch.setattr(module, "check_targets", lambda targets, *_: targets)
+    leaves, rest = batch([2, 1], 4, 20, masked=False)
+    rest["targets"] = torch.tensor([19, 20, 0])
+    assert linear_grpo(**leaves, **rest).logp.isnan().tolist() == [False, True, False]
 
 
 def test_wrong_inputs_are_named():

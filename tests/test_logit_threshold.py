@@ -80,9 +80,28 @@ def test_top_p_is_of_what_top_k_leaves():
 
 def test_one_token_always_stays():
     logits = torch.tensor([[0.0, 1e4, -1e4], [-1e4, -9e3, -8e3]])
-    for top_p in (1e-45, 1e-9, 0.5):
+    for top_p in (1e-60, 1e-45, 1e-9, 0.5):
         assert assert_leaves_the_same(logits, temperature=1.0, top_p=top_p).tolist() == [1, 1]
     assert logit_threshold(torch.tensor([[3.0]]), temperature=1.0, top_k=1, top_p=0.5).item() <= 3
+
+
+@pytest.mark.parametrize("top", [1e4, -1e4])
+def test_large_logits(top):
+    logits = torch.tensor([[0.0, 0.5, 1.0, 1.5, -9.0]]) + top
+    assert assert_leaves_the_same(logits, temperature=1.0, top_p=0.6).tolist() == [2]
+
+
+def test_what_lies_beyond_the_row_does_not_count():
+    wide = torch.tensor([[1.0, 2.0, 3.0, 40.0], [3.0, 1.0, 2.0, 50.0]])
+    assert logit_threshold(wide[:, :3], temperature=1.0, top_k=2).tolist() == [2, 2]
+
+
+def test_ids_outside_the_vocabulary_ban_nothing_in_the_kernel(path):
+    if path == "torch":
+        pytest.skip("a CPU refuses them")
+    logits = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    banned = torch.tensor([2**32 + 3, -(2**32) + 3, -1, 4, 2])
+    assert logit_threshold(logits, temperature=1.0, top_k=2, banned=banned).tolist() == [2]
 
 
 def test_impossible_tokens_add_nothing():
