@@ -61,7 +61,7 @@ def _memory(name: str, race: dict[str, Row]) -> Iterator[Bar]:
             row = race[contender]
             extra = row.memory - gradient_bytes(row.workload)
             measured = f"{extra / 1e9:.2f} GB in {row.median * 1e3:.2f} ms ({row.memory / 1e9:.2f} GB with them)"
-            wanted = f"at most {most / 1e9:.1f} GB beyond the gradients"
+            wanted = f"at most {most / 1e9:.1f} GB beyond the gradients, the head's in float32"
             yield Bar(f"{name}, {contender}", wanted, measured, extra <= most)
 
 

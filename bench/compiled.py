@@ -93,6 +93,16 @@ def _grpo_variants() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     old, ref = {"old_logp": torch.empty(N)}, {"ref_logp": torch.empty(N)}
     yield "dapo", common | old | ref, {"loss_type": "dapo", "beta": 0.04, "kl": "k3"}
     yield "on policy", common, {}
+    yield (
+        "cispo, k1 times ratio",
+        common | old | ref,
+        {"loss_type": "cispo", "epsilon_high": 5.0, "beta": 0.1, "kl": "k1", "kl_ratio": True},
+    )
+    yield (
+        "sapo of sequences, k2",
+        common | old | ref,
+        {"loss_type": "sapo", "ratio_level": "sequence", "beta": 0.1, "kl": "k2"},
+    )
     yield "sequence ratio", common | old, {"ratio_level": "sequence", "entropy_coef": 0.01}
 
 

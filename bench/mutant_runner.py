@@ -83,7 +83,7 @@ class Runner:
             for task, result in results:
                 if result.killed_by:
                     raise SystemExit(f"{task.tests[0]} fails without any mutant ({result.killed_by}):\n{result.log}")
-                self.limits[task.tests[0]] = max(self.shortest_limit, 5 * result.seconds)
+                self.limits[task.tests[0]] = max(self.shortest_limit, 2 * result.seconds)
 
     def run(self, tasks: list[Task]) -> Iterator[tuple[Task, Result]]:
         """Results as they come."""
