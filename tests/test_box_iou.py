@@ -198,6 +198,19 @@ def test_large_sets_that_all_overlap(P, M, guarded):
     against_all_matchings(pred, torch.tensor([P, P - 1]), truth, torch.tensor([M - 1, M]))
 
 
+def test_sets_whose_paths_turn_on_prices():
+    torch.manual_seed(0)
+    sides, start = torch.rand(60, 12, 2) * 6 + 1, torch.rand(60, 12, 2) * 2
+    boxes = torch.cat([start, start + sides], -1)[[2, 14, 16, 37]]  # those that go wrong without
+    pred, truth = boxes.split(6, 1)
+    against_all_matchings(pred, torch.full((4,), 6), truth, torch.full((4,), 6))
+
+
+def test_one_box_each():
+    one, a, b = torch.tensor(1), torch.tensor([[0.0, 0, 4, 4]]), torch.tensor([[2.0, 0, 6, 4]])
+    assert matched_iou(a, one, b, one).item() == pytest.approx(1 / 3)
+
+
 def test_long_paths():
     # each box would rather have its neighbour's: the last one makes all of them move
     step = torch.arange(7.0)[:, None] * torch.tensor([4.0, 0, 4, 0])

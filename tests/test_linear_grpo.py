@@ -85,7 +85,7 @@ def test_bfloat16(loss_type, ratio_level, rows):
     assert ours["dweight"].dtype == ours["dhidden"].dtype == ours["dbias"].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("vocab", [9001, 151_936, 152_064])
+@pytest.mark.parametrize("vocab", [9001, 16_384, 16_385, 151_936, 152_064])  # 16384: a block
 def test_rows_longer_than_a_block(vocab):
     leaves, rest = batch([2, 1], 3, vocab, masked=False)
     leaves["weight"][-5:] *= 3  # the largest logits lie in the last block
