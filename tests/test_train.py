@@ -47,7 +47,7 @@ def torchrun(ranks: int, *words: str) -> subprocess.CompletedProcess:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     if torch.cuda.device_count() < ranks:  # NCCL wants a GPU for each rank
-        env |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+        env |= {"CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run([*launch, *words], env=env, capture_output=True, text=True, timeout=300, check=False)
 
 
