@@ -132,21 +132,23 @@ def _launch(rewards: Tensor, weights: Tensor | None, normalize: str, per_reward:
     return out
 
 
+def _normalise_torch(values: Tensor, eps: float) -> Tensor:
+    centred, _ = _centre_torch(values)
+    return centred / ((centred.square().sum(1, keepdim=True) / (values.shape[1] - 1)).sqrt() + eps)
+
+
 def _centre_torch(values: Tensor) -> tuple[Tensor, Tensor]:
     mean = values.mean(1, keepdim=True)
     return values - mean.where(mean.isfinite(), torch.nan), mean
 
 
 def _advantage_torch(rewards: Tensor, weights: Tensor | None, normalize: str, per_reward: bool, eps: float) -> Tensor:
-    scores, G = rewards.double(), rewards.shape[1]
-    if per_reward:
-        centred, _ = _centre_torch(scores)
-        scores = centred / ((centred.square().sum(1, keepdim=True) / (G - 1)).sqrt() + eps)
+    scores = _normalise_torch(rewards.double(), eps) if per_reward else rewards.double()
     total = (scores if weights is None else scores * weights.double()).sum(-1)
     total = total if per_reward else total.float().double()
-    centred, mean = _centre_torch(total)
     if normalize == "group" and not per_reward:
-        centred = centred / ((centred.square().sum(1, keepdim=True) / (G - 1)).sqrt() + eps)
+        return _normalise_torch(total, eps).float()
+    centred, mean = _centre_torch(total)
     if normalize == "batch":
         finite = total[mean.isfinite()[:, 0]]
         centred = centred / (finite.std() + eps) if len(finite) else centred

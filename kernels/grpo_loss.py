@@ -66,13 +66,13 @@ def grpo_loss_reference(
     if o.ratio_level == "sequence":
         log_ratio = (summed(log_ratio) / count.clamp(min=1))[s]
     ratio = log_ratio.exp()
+    bounded = ratio if o.delta is None else ratio.clamp(max=o.delta)
     if o.loss_type == "cispo":
         policy = -ratio.clamp(max=o.epsilon_high).detach() * A * logp
     elif o.loss_type == "sapo":
         tau = torch.where(A > 0, o.sapo_temperature_pos, o.sapo_temperature_neg).to(logp.dtype)
         policy = -torch.sigmoid(tau * (ratio - 1)) * 4 / tau * A
     else:
-        bounded = ratio if o.delta is None else ratio.clamp(max=o.delta)
         policy = -torch.minimum(bounded * A, ratio.clamp(1 - o.epsilon_low, 1 + o.epsilon_high) * A)
         if o.dual_clip is not None:
             policy = torch.where(A < 0, torch.minimum(policy, -o.dual_clip * A), policy)
@@ -90,7 +90,6 @@ def grpo_loss_reference(
         share = 1 / (tokens.clamp(min=1) if o.loss_type == "bnpo" or total_tokens is None else total_tokens) * valid
     H = torch.zeros_like(logp) if entropy is None else entropy
     loss = ((policy + o.beta * kl) * share * valid).sum() - o.entropy_coef * (H * valid).sum() / tokens.clamp(min=1)
-    bounded = ratio if o.delta is None else ratio.clamp(max=o.delta)
     low, high = (bounded < 1 - o.epsilon_low) & (A < 0), (bounded > 1 + o.epsilon_high) & (A > 0)
     if o.loss_type in ("cispo", "sapo"):
         low, high = torch.zeros_like(low), (ratio > o.epsilon_high) & (A > 0) & (o.loss_type == "cispo")

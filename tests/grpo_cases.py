@@ -8,6 +8,11 @@ from hypothesis import strategies as st
 from medground_kernels.grpo_options import GrpoOptions
 
 
+def cast(values: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The same with every floating tensor in `dtype`."""
+    return {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in values.items()}
+
+
 def lengths_of(seed: int, S: int, longest: int) -> list[int]:
     generator = torch.Generator("cpu").manual_seed(seed)
     lengths = torch.randint(0, longest + 1, (S,), generator=generator, device="cpu").tolist()

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from closeness import assert_as_close_as_pytorch, value_and_grads
-from grpo_cases import lengths_of, options, per_token
+from grpo_cases import cast, lengths_of, options, per_token
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -14,10 +14,6 @@ from medground_kernels.grpo_sums import sequence_sums
 from medground_kernels.grpo_terms import Scored
 
 pytestmark = pytest.mark.usefixtures("path")
-
-
-def double(values):
-    return {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in values.items()}
 
 
 def outcome(fn, case, **more):
@@ -29,8 +25,9 @@ def outcome(fn, case, **more):
 
 
 def compare(case, slack=2e-6, **more):
-    results = [outcome(fn, c, **more) for fn, c in
-               ((grpo_loss, case), (grpo_loss_reference, case), (grpo_loss_reference, double(case)))]  # fmt: skip
+    exact = cast(case, torch.float64)
+    pairs = ((grpo_loss, case), (grpo_loss_reference, case), (grpo_loss_reference, exact))
+    results = [outcome(fn, given, **more) for fn, given in pairs]
     ours, plain, truth = results
     for result in results:  # autograd leaves out what the loss does not depend on
         result.setdefault("dentropy", torch.zeros(()) + 0 * truth["logp"].to(truth["loss"].dtype))
@@ -97,7 +94,7 @@ def test_the_reference_equals_the_formulas(path, loss_type, kl, on_policy):
     if path == "triton":
         pytest.skip("the reference runs in plain torch")
     torch.manual_seed(0)
-    case = double(per_token([3, 1, 7, 0, 2], masked=False))
+    case = cast(per_token([3, 1, 7, 0, 2], masked=False), torch.float64)
     options = GrpoOptions(
         loss_type=loss_type, kl=kl, beta=0.3, epsilon_low=0.1, epsilon_high=0.25, max_completion_length=9
     )

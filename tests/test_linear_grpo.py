@@ -3,7 +3,7 @@
 import pytest
 import torch
 from closeness import Products, assert_as_close_as_pytorch, value_and_grads
-from grpo_cases import lengths_of, options, per_token
+from grpo_cases import cast, lengths_of, options, per_token
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -33,18 +33,14 @@ def batch(lengths, H, V, *, masked=True, dtype=torch.float32, bias=False, scale=
     return leaves, rest | {name: logp + delta for name, delta in shift.items()}
 
 
-def outcome(fn, leaves, rest, cast=None, **more):
-    def typed(values):
-        to = {k: v.to(cast) if cast and torch.is_tensor(v) and v.is_floating_point() else v for k, v in values.items()}
-        return to
-
-    rest = typed(rest)
-    return value_and_grads(lambda **given: fn(**given, **rest, **more)._asdict(), typed(leaves))
+def outcome(fn, leaves, rest, **more):
+    return value_and_grads(lambda **given: fn(**given, **rest, **more)._asdict(), leaves)
 
 
 def compare(leaves, rest, slack=4e-6, memory_budget=None, **more):
     ours = outcome(linear_grpo, leaves, rest, memory_budget=memory_budget, **more)
-    truth = outcome(linear_grpo_reference, leaves, rest, torch.float64, **more)
+    exact = cast(leaves, torch.float64), cast(rest, torch.float64)
+    truth = outcome(linear_grpo_reference, *exact, **more)
     plain = outcome(linear_grpo_reference, leaves, rest, **more)
     assert_as_close_as_pytorch(ours, plain, truth, slack=slack)
     return ours

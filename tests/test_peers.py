@@ -8,7 +8,7 @@ from collections import defaultdict
 
 import pytest
 import torch
-from grpo_cases import per_token
+from grpo_cases import cast, per_token
 from torch.nn.utils.rnn import pad_sequence
 
 from medground_kernels.grpo_loss import GrpoOptions, grpo_loss
@@ -30,8 +30,7 @@ CHOICES = [
 
 def case(masked):
     torch.manual_seed(0)
-    return {name: t.double() if torch.is_tensor(t) and t.is_floating_point() else t
-            for name, t in per_token(LENGTHS, masked=masked).items()}  # fmt: skip
+    return cast(per_token(LENGTHS, masked=masked), torch.float64)
 
 
 def padded(values):
