@@ -19,12 +19,12 @@ from medground_kernels.backend import cdiv, jit, tl
 _MASK = 0xFFFFFFFF
 
 
-def gumbel_noise(seeds: Tensor, step: int, V: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def gumbel_noise(seeds: Tensor, step: int | Tensor, V: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """The noise in plain torch, which is its definition.
 
     Args:
         seeds: [R], int64.
-        step: 0 <= step < 2**32.
+        step: 0 <= step < 2**32, or [R], int64, one a row.
         V: number of columns.
         dtype: of the logarithms; the uniform numbers are float32 in any.
 
@@ -33,7 +33,8 @@ def gumbel_noise(seeds: Tensor, step: int, V: int, dtype: torch.dtype = torch.fl
     """
     quads = torch.arange(cdiv(V, 4), device=seeds.device)[None]
     zero = torch.zeros_like(quads)
-    words = _philox(quads, torch.full_like(quads, step), zero, zero, seeds[:, None])
+    steps = step[:, None] if isinstance(step, Tensor) else torch.full_like(quads, step)
+    words = _philox(quads, steps, zero, zero, seeds[:, None])
     u = _uniform(torch.stack(words, -1).flatten(1)[:, :V]).to(dtype)
     return -(-u.log()).log()
 

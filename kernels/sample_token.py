@@ -44,7 +44,7 @@ def sample_token_reference(
     top_k: int = 0,
     top_p: float = 1.0,
     seeds: Tensor,
-    step: int,
+    step: int | Tensor,
     banned: Tensor | None = None,
 ) -> SampledToken:
     """The definition, in the dtype of `logits`; float64 logits give the truth."""
@@ -75,10 +75,10 @@ def _fold_block(logits, lowest, rate, peak, total, kept, TRUNCATED: tl.constexpr
     return new_peak, total, kept
 
 
-@jit(do_not_specialize=["K", "splits", "step"])
+@jit(do_not_specialize=["K", "splits"])
 def _split_kernel(
-    logits_ptr, seeds_ptr, banned_ptr, lowest_ptr, partial_ptr, best_token_ptr,
-    V, K, row_stride, split_cols, splits, step, inv_temp,
+    logits_ptr, seeds_ptr, steps_ptr, banned_ptr, lowest_ptr, partial_ptr, best_token_ptr,
+    V, K, row_stride, split_cols, splits, inv_temp,
     GREEDY: tl.constexpr, TRUNCATED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     # int64: 14k rows of a 152k vocabulary pass 2**31 elements
@@ -86,6 +86,7 @@ def _split_kernel(
     split = tl.program_id(1)
     rate = inv_temp * 1.4426950408889634  # exp(x) = 2 ** (x log2 e)
     seed = tl.load(seeds_ptr + row)
+    step = tl.load(steps_ptr + row)
     lowest = -float("inf")
     if TRUNCATED:
         lowest = tl.load(lowest_ptr + row)
@@ -163,7 +164,7 @@ def _join_kernel(
     tl.store(full_logp_ptr + row, full_logp)
 
 
-def _launch(logits, temperature, lowest, seeds, step, banned):
+def _launch(logits, temperature, lowest, seeds, steps, banned):
     R, V = logits.shape
     token = torch.empty(R, dtype=torch.int64, device=logits.device)
     logp, full_logp = (torch.empty(R, dtype=torch.float32, device=logits.device) for _ in range(2))
@@ -175,8 +176,8 @@ def _launch(logits, temperature, lowest, seeds, step, banned):
     partial = torch.empty((R, 4, splits), dtype=torch.float32, device=logits.device)
     best_token = torch.empty((R, splits), dtype=torch.int32, device=logits.device)
     _split_kernel[(R, splits)](
-        logits, seeds, banned, logits if lowest is None else lowest, partial, best_token,
-        V, K, logits.stride(0), split_cols, splits, step, inv_temp,
+        logits, seeds, steps, banned, logits if lowest is None else lowest, partial, best_token,
+        V, K, logits.stride(0), split_cols, splits, inv_temp,
         GREEDY=not temperature, TRUNCATED=lowest is not None, WIDTH=16 // logits.element_size(),
         BLOCK=BLOCK, num_warps=NUM_WARPS
     )  # fmt: skip
@@ -187,18 +188,18 @@ def _launch(logits, temperature, lowest, seeds, step, banned):
     return SampledToken(token, logp, full_logp)
 
 
-def _sample_torch(logits, temperature, lowest, seeds, step, banned):
+def _sample_torch(logits, temperature, lowest, seeds, steps, banned):
     R, V = logits.shape
     at_once = max(_TORCH_ELEMENTS // V, 1)
     parts = []
     for start in range(0, R, at_once):
         rows = slice(start, start + at_once)
         kept_from = None if lowest is None else lowest[rows]
-        parts.append(_sample_rows(logits[rows], temperature, kept_from, seeds[rows], step, banned))
+        parts.append(_sample_rows(logits[rows], temperature, kept_from, seeds[rows], steps[rows], banned))
     return SampledToken(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def _sample_rows(logits, temperature, lowest, seeds, step, banned):
+def _sample_rows(logits, temperature, lowest, seeds, steps, banned):
     raw = logits.float()
     kept = raw if banned is None else raw.index_fill(-1, banned, -torch.inf)
     if lowest is not None:
@@ -206,7 +207,7 @@ def _sample_rows(logits, temperature, lowest, seeds, step, banned):
     inv_temp = 1 / (temperature or 1.0)
     noisy = kept.masked_fill(kept.isnan(), -torch.inf)
     if temperature:
-        noisy = noisy * inv_temp + gumbel_noise(seeds, step, raw.shape[1], raw.dtype)
+        noisy = noisy * inv_temp + gumbel_noise(seeds, steps, raw.shape[1], raw.dtype)
     best, token = noisy.max(-1)
     logit = raw.gather(-1, token[:, None])[:, 0].masked_fill(best == -torch.inf, torch.nan)
 
@@ -226,7 +227,7 @@ def sample_token(
     top_k: int = 0,
     top_p: float = 1.0,
     seeds: Tensor,
-    step: int,
+    step: int | Tensor,
     banned: Tensor | None = None,
 ) -> SampledToken:
     """Draw one token per row, without waiting for the GPU.
@@ -239,7 +240,7 @@ def sample_token(
         top_p: of these, from the fewest, largest first, that have `top_p` of the probability, and those
             equal to the last of them; 0 < top_p <= 1.
         seeds: [R], int64, one random stream a row.
-        step: position in that stream, 0 <= step < 2**32.
+        step: position in that stream, 0 <= step < 2**32; or [R], int64, one a row.
         banned: [K], int64, K <= 64, tokens that are never drawn and that top-k and top-p don't count; one may
             come twice.
 
@@ -263,7 +264,8 @@ def sample_token(
     if temperature and (0 < top_k < V or top_p < 1):
         lowest = logit_threshold(logits, temperature=temperature, top_k=top_k, top_p=top_p, banned=banned)
     draw = _launch if runs_triton(logits) else _sample_torch
-    return draw(logits, temperature, lowest, seeds.contiguous(), step, banned)
+    steps = step if isinstance(step, Tensor) else torch.full_like(seeds, step)
+    return draw(logits, temperature, lowest, seeds.contiguous(), steps.contiguous(), banned)
 
 
 def _check(logits, temperature, top_k, top_p, seeds, step, banned):
@@ -280,7 +282,10 @@ def _check(logits, temperature, top_k, top_p, seeds, step, banned):
         raise ValueError(f"want temperature 0 or at least 1e-6; got {temperature}")
     if top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(f"want top_k >= 0 and 0 < top_p <= 1; got {top_k}, {top_p}")
-    if not 0 <= step < 2**32:
+    if isinstance(step, Tensor):
+        if step.shape != seeds.shape or step.dtype != torch.int64:
+            raise ValueError(f"want step [R] int64; got {tuple(step.shape)} {step.dtype}")
+    elif not 0 <= step < 2**32:
         raise ValueError(f"want 0 <= step < 2**32; got {step}")
     if banned is not None:
         if banned.dim() != 1 or len(banned) > _MOST_BANNED or banned.dtype != torch.int64:

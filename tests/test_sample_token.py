@@ -37,6 +37,17 @@ def assert_true(logits, out=None, **options):
     return out
 
 
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.0}, {"top_k": 40, "top_p": 0.95}], ids=["", "greedy", "top"])
+def test_everything_at_once_in_a_few_blocks(options, monkeypatch):
+    monkeypatch.setattr(module, "BLOCK", 64)
+    monkeypatch.setattr(module, "_PROGRAMS", 4)  # two splits of two blocks
+    torch.manual_seed(0)
+    logits = torch.randn(2, 250).mul(3)
+    logits[:, [7, 140]] += 9
+    banned = torch.tensor([249, 7, 130, 7])
+    assert_true(logits, banned=banned, step=torch.tensor([5, 2**32 - 1]), **options)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("rows", "vocab"), [(1, 1), (1, 2), (2, 9001), (0, 5)])
 def test_draws_and_log_probabilities_are_those_of_the_definition(rows, vocab, dtype, monkeypatch):
@@ -124,8 +135,8 @@ def test_ids_outside_the_vocabulary_ban_nothing_on_a_gpu(path):
     logits, seeds = torch.zeros(1, 9), torch.tensor([4])
     logits[0, 2], logits[0, 8] = 20, 30
     logits = logits[:, :8]  # what lies beyond would show
-    want = module._launch(logits, 1.0, None, seeds, 0, torch.tensor([2]))
-    out = module._launch(logits, 1.0, None, seeds, 0, torch.tensor([8, -1, 2, 2**32 + 3, -(2**32)]))
+    want = module._launch(logits, 1.0, None, seeds, torch.tensor([0]), torch.tensor([2]))
+    out = module._launch(logits, 1.0, None, seeds, torch.tensor([0]), torch.tensor([8, -1, 2, 2**32 + 3, -(2**32)]))
     assert want == out and out.token != 2
 
 
@@ -203,6 +214,15 @@ def test_steps_and_seeds_draw_apart_and_again_alike():
     assert (first == later).sum() < 2 and first.unique().numel() > 8
 
 
+def test_each_row_may_be_at_its_own_step():
+    torch.manual_seed(0)
+    logits, seeds, steps = torch.randn(3, 500), torch.arange(3), torch.tensor([0, 9, 2**32 - 1])
+    together = sample_token(logits, temperature=1.0, seeds=seeds, step=steps)
+    for row, step in enumerate(steps.tolist()):
+        alone = sample_token(logits[row, None], temperature=1.0, seeds=seeds[row, None], step=step)
+        assert alone.token == together.token[row]
+
+
 def test_a_row_does_not_see_its_neighbours(monkeypatch):
     monkeypatch.setattr(module, "_TORCH_ELEMENTS", 5000)  # two rows at once
     torch.manual_seed(0)
@@ -246,6 +266,8 @@ def test_mistakes_are_named(path):
     wrong("got 0, 1.5", top_p=1.5)
     wrong("got -1", step=-1)
     wrong("got 4294967296", step=2**32)
+    wrong(r"want step \[R\] int64; got \(1,\)", step=seeds[:1])
+    wrong("int32", step=seeds.int())
     wrong(r"\(65,\)", banned=torch.zeros(65, dtype=torch.int64))
     wrong("int32", banned=torch.zeros(1, dtype=torch.int32))
     if not logits.is_cuda:
