@@ -10,8 +10,8 @@ An op that waits for the device fails, since there is nothing to wait for.
 registers      a thread, of 255
 spills         bytes of stack a thread: registers that did not fit
 shared_memory  bytes a program
-load_bytes     widest load from global memory in the loop over V, of two such loops in the worse one; in the whole
-               kernel if it has no loop. 16 is best
+load_bytes     widest load from global memory in the loop over V (over keys, in attention), of two such loops in the
+               worse one; in the whole kernel if it has no loop. 16 is best
 """
 
 from __future__ import annotations
@@ -38,8 +38,10 @@ from torch import Tensor
 ROOT = Path(__file__).parents[1]
 COLUMNS = ("kernel", "shape", "registers", "spills", "shared_memory", "load_bytes")
 SIZES = {"3B": (2048, 151_936), "7B": (3584, 152_064)}  # H, V of Qwen2.5-VL
+HEADS = {"3B": (16, 2, 128), "7B": (28, 4, 128)}  # Hq, Hkv, D of its attention
 N, S = 8192, 64  # scored tokens and sequences of a micro-batch
 R = 64  # rows that a decoding step samples
+A, C, PREFIX = 8, 512, 640  # the groups that they belong to, room for a row's own tokens and for a group's prefix
 B, G, P, M, K = 64, 8, 8, 4, 3  # prompts, completions of each, predicted and true boxes, rewards
 
 
@@ -64,6 +66,8 @@ def calls() -> Iterator[Call]:
     """Every public op that has kernels, at every size."""
     for name, (H, V) in SIZES.items():
         yield from _calls_over_vocabulary(name, H, V)
+    for name, (Hq, Hkv, D) in HEADS.items():
+        yield _decode_call(name, Hq, Hkv, D)
     yield from _grpo_calls()
     yield from _reward_calls()
 
@@ -86,6 +90,16 @@ def _calls_over_vocabulary(name: str, H: int, V: int) -> Iterator[Call]:
         ", greedy": {"temperature": 0.0},
     }.items():
         yield Call("sample_token.sample_token", f"{name}, R {R}, V {V}{variant}", rows | args)
+
+
+def _decode_call(name: str, Hq: int, Hkv: int, D: int) -> Call:
+    prefix, suffix = (A, Hkv, PREFIX, D), (R, Hkv, C, D)
+    tensors = {"q": (R, Hq, D), "k": (R, Hkv, D), "v": (R, Hkv, D)}
+    tensors |= {"prefix_k": prefix, "prefix_v": prefix, "suffix_k": suffix, "suffix_v": suffix}
+    args = {key: _leaf(*shape).detach() for key, shape in tensors.items()}
+    args |= {"prefix_lengths": torch.empty(A, dtype=torch.int32), "suffix_lengths": torch.empty(R, dtype=torch.int32)}
+    args |= {"members": torch.empty(A, R // A, dtype=torch.int64), "places": torch.empty(R, dtype=torch.int64)}
+    return Call("prefix_decode.prefix_decode", f"{name}, R {R}, A {A}, P {PREFIX}, C {C}, Hq {Hq}, D {D}", args)
 
 
 def _grpo_variants() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:

@@ -28,7 +28,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from medground.base_config import BaseConfig
 from medground.datasets.phantom import VERSION as PHANTOM_VERSION
 from medground.datasets.phantom import phantom_examples
-from medground.policy import Policy, pack_rows
+from medground.packing import pack
+from medground.policy import Policy
 from medground.prompts import Processor, load_processor, make_prompt, render_answer, to_processed
 from medground.records import Box, Example, Group, Prompt, Rollout
 
@@ -85,6 +86,7 @@ class _Lesson(NamedTuple):
 
     example: Example
     arrays: dict[str, np.ndarray]
+    image_keys: tuple[str, ...]
     processed_width: int
     processed_height: int
 
@@ -92,7 +94,11 @@ class _Lesson(NamedTuple):
         tensors = {name: torch.from_numpy(array) for name, array in self.arrays.items()}
         tensors["pixel_values"] = tensors["pixel_values"].float()
         return Prompt(
-            self.example, **tensors, processed_width=self.processed_width, processed_height=self.processed_height
+            self.example,
+            **tensors,
+            image_keys=self.image_keys,
+            processed_width=self.processed_width,
+            processed_height=self.processed_height,
         )
 
 
@@ -125,7 +131,7 @@ def _draw(index: int) -> list[_Lesson]:
         shared = prompt.pixel_values.half().numpy() if shared is None else shared
         arrays = {name: getattr(prompt, name).numpy() for name in ("input_ids", "position_ids", "image_grid_thw")}
         arrays["pixel_values"] = shared
-        lessons.append(_Lesson(example, arrays, prompt.processed_width, prompt.processed_height))
+        lessons.append(_Lesson(example, arrays, prompt.image_keys, prompt.processed_width, prompt.processed_height))
     return lessons
 
 
@@ -221,8 +227,8 @@ def _supervise(
         chosen = rng.integers(len(lessons), size=config.batch_size)
         faulty = step >= config.steps * 2 // 3
         groups = [_answered(lessons[i], processor, rng, faulty) for i in chosen]
-        rows = pack_rows(groups, policy.image_token, torch.device("cpu"))
-        loss = -policy(rows, 1.0).logp.mean()
+        packed = pack(groups, policy.vlm.config, torch.device("cpu"))
+        loss = -policy(packed, 1.0).logp.mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()

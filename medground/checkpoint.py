@@ -12,7 +12,6 @@ which DCP would unpickle.)
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import pickle
@@ -84,7 +83,7 @@ def export_policy(folder: Path, policy: Policy, model_folder: Path, ranks: Ranks
     whole = cast(dict[str, Tensor], get_model_state_dict(policy, options=options))
     if not ranks.is_first:
         return
-    config = copy.deepcopy(policy.vlm.config)
+    config = policy.plain_config()
     dtype = _stored_dtype(model_folder)
     state = {name.removeprefix("vlm."): value.to(dtype) for name, value in whole.items()}
     if config.tie_word_embeddings:

@@ -32,6 +32,8 @@ class ModelConfig:
     """Leave the vision tower as it is."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more work."""
+    compile: bool = False
+    """Compile each decoder layer and vision block with torch.compile, once for all lengths."""
 
     def __post_init__(self) -> None:
         _want(bool(self.path), "model.path", "a model folder or a name on the hub", self.path)
@@ -80,6 +82,18 @@ class RolloutConfig:
     """Longest completion, in tokens."""
     temperature: float = 1.0
     """Sampling temperature; the loss divides the logits by the same number."""
+    top_k: int = 0
+    """Draw from the top_k likeliest tokens alone; 0 for all."""
+    top_p: float = 1.0
+    """Draw from the fewest tokens that have top_p of the probability."""
+    old_logp: Literal["sampled", "rescored"] = "sampled"
+    """Log-probabilities of the old policy: those that came with the tokens, or a training forward's."""
+    max_rows: int = 256
+    """Most completions decoded at once, per rank."""
+    cache_gb: float = 8.0
+    """Memory for keys and values of prompts and completions being decoded, per rank, in 10^9 bytes."""
+    prefill_tokens: int = 8192
+    """Most prompt tokens run at once before decoding, per rank."""
 
     def __post_init__(self) -> None:
         _want(self.prompts_per_step >= 1, "rollout.prompts_per_step", ">= 1", self.prompts_per_step)
@@ -90,7 +104,12 @@ class RolloutConfig:
             self.group_size,
         )
         _want(self.max_new_tokens >= 1, "rollout.max_new_tokens", ">= 1", self.max_new_tokens)
-        _want(0 < self.temperature < math.inf, "rollout.temperature", "a number > 0", self.temperature)
+        _want(1e-6 <= self.temperature < math.inf, "rollout.temperature", "a number >= 1e-6", self.temperature)
+        _want(self.top_k >= 0, "rollout.top_k", ">= 0", self.top_k)
+        _want(0 < self.top_p <= 1, "rollout.top_p", "0 < top_p <= 1", self.top_p)
+        _want(self.max_rows >= 1, "rollout.max_rows", ">= 1", self.max_rows)
+        _want(0 < self.cache_gb < math.inf, "rollout.cache_gb", "a number > 0", self.cache_gb)
+        _want(self.prefill_tokens >= 1, "rollout.prefill_tokens", ">= 1", self.prefill_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,8 +164,8 @@ class LossConfig:
     """Steepness of sapo's gate elsewhere."""
     inner_epochs: int = 1
     """Optimizer steps on each batch of completions."""
-    micro_batch_groups: int = 4
-    """Groups per forward pass and rank; changes memory, not the result."""
+    micro_batch_tokens: int = 16384
+    """Most tokens per forward pass and rank, a group's prompt counted once; changes memory, not the result."""
 
     def __post_init__(self) -> None:
         try:
@@ -154,7 +173,7 @@ class LossConfig:
         except ValueError as error:
             raise ValueError(f"loss.{error}") from None
         _want(self.inner_epochs >= 1, "loss.inner_epochs", ">= 1", self.inner_epochs)
-        _want(self.micro_batch_groups >= 1, "loss.micro_batch_groups", ">= 1", self.micro_batch_groups)
+        _want(self.micro_batch_tokens >= 1, "loss.micro_batch_tokens", ">= 1", self.micro_batch_tokens)
 
     def options(self, *, temperature: float, max_completion_length: int) -> GrpoOptions:
         """The loss as the kernels take it."""
@@ -215,13 +234,10 @@ class EvaluationConfig:
     """Steps between the small evaluations on data.curve_split; 0 for none."""
     curve_records: int = 64
     """Records of a small evaluation, the first of the split."""
-    batch_size: int = 64
-    """Prompts decoded at once, per rank."""
 
     def __post_init__(self) -> None:
         _want(self.every >= 0, "evaluation.every", ">= 0", self.every)
         _want(self.curve_records >= 1, "evaluation.curve_records", ">= 1", self.curve_records)
-        _want(self.batch_size >= 1, "evaluation.batch_size", ">= 1", self.batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,9 +279,9 @@ _DEMO = Config(
     prompt=PromptConfig(template="brief"),
     rollout=RolloutConfig(prompts_per_step=32, group_size=8, max_new_tokens=64),
     reward=RewardConfig(format_weight=0.2, spatial_weight=1.0),
-    loss=LossConfig(loss_type="dr_grpo", beta=0.0, micro_batch_groups=8),
+    loss=LossConfig(loss_type="dr_grpo", beta=0.0, micro_batch_tokens=4096),
     optimizer=OptimizerConfig(lr=7e-4, final_lr_fraction=0.3, beta2=0.98),
-    evaluation=EvaluationConfig(every=25, curve_records=128, batch_size=128),
+    evaluation=EvaluationConfig(every=25, curve_records=128),
 )
 
 
@@ -275,7 +291,6 @@ def _qwen(size: str) -> Config:
         steps=1000,
         model=ModelConfig(path=f"Qwen/Qwen2.5-VL-{size.upper()}-Instruct", gradient_checkpointing=True),
         data=DataConfig(path="data/ms-cxr", max_pixels=644 * 644),
-        loss=LossConfig(micro_batch_groups=1),  # all logits of a micro-batch are in memory
     )
 
 

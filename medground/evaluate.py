@@ -1,8 +1,12 @@
 """Greedy answers of a policy to held-out records, with the true images or with other patients'."""
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from tqdm import tqdm
 
@@ -11,16 +15,21 @@ from medground.datasets.images import read_image
 from medground.policy import Policy
 from medground.prompts import Processor, make_prompt, parse_answer, to_original
 from medground.records import Answer, Example, Group, Prompt
-from medground.rollout import roll_out
+from medground.rollout.cache import Sampling
+from medground.rollout.engine import Engine
 from medground.scoring import Prediction
-from medground.sharding import Ranks, gathered
+from medground.sharding import Ranks, WholeCopy
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Asker:
-    """A policy with what it takes to ask it: processor, data folder, wording, limits."""
+    """A policy with what it takes to ask it: weights to decode with, processor, data folder, wording, limits."""
 
     policy: Policy
+    whole: WholeCopy
+    engine: Engine
     processor: Processor
     config: Config
     ranks: Ranks
@@ -43,23 +52,18 @@ def evaluate(asker: Asker, examples: Sequence[Example], *, shuffled: bool = Fals
     Returns:
         A prediction per example, in their order, on every rank.
     """
-    ranks, size = asker.ranks, asker.config.evaluation.batch_size
+    ranks = asker.ranks
     shown = _other_images(examples) if shuffled else [example.image for example in examples]
     mine = list(zip(examples, shown, strict=True))[ranks.rank :: ranks.size]
-    predictions = []
-    with gathered(asker.policy), tqdm(total=len(mine), desc=title, disable=not ranks.is_first, leave=False) as bar:
-        for start in range(0, len(mine), size):
-            prompts = [asker.prompt(example, image) for example, image in mine[start : start + size]]
-            groups = roll_out(
-                asker.policy,
-                asker.processor.tokenizer,
-                prompts,
-                copies=1,
-                max_new_tokens=asker.config.rollout.max_new_tokens,
-                temperature=0.0,
-            )
-            predictions += [_prediction(group, image) for group, (_, image) in zip(groups, mine[start:], strict=False)]
-            bar.update(len(prompts))
+    predictions: list[Prediction | None] = [None] * len(mine)
+    asker.whole.refresh()
+    with (
+        tqdm(total=len(mine), desc=title, disable=not ranks.is_first, leave=False) as bar,
+        closing(_ahead(lambda pair: asker.prompt(*pair), mine)) as prompts,
+    ):
+        answers = asker.engine.roll_out(prompts, count=len(mine), copies=1, sampling=Sampling(0.0), bar=bar)
+        for number, group in answers:
+            predictions[number] = _prediction(group, mine[number][1])
     shares = ranks.gather(predictions)
     return [shares[i % ranks.size][i // ranks.size] for i in range(len(examples))]
 
@@ -70,6 +74,17 @@ def read_answer(text: str, prompt: Prompt) -> Answer:
     if answer.boxes is None:
         return answer
     return Answer(tuple(to_original(box, prompt) for box in answer.boxes), answer.well_formed)
+
+
+def _ahead(make: Callable[[T], Prompt], items: Sequence[T], most: int = 8) -> Generator[Prompt]:
+    """`make` of each item, in a thread that keeps up to `most` ready."""
+    with ThreadPoolExecutor(1) as maker:
+        waiting = deque(maker.submit(make, item) for item in items[:most])
+        for item in items[most:]:
+            yield waiting.popleft().result()
+            waiting.append(maker.submit(make, item))
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _prediction(group: Group, image: str) -> Prediction:

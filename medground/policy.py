@@ -3,52 +3,49 @@
 `Policy.forward` scores completions, `Policy.loss` trains on them, `Policy.prefill` and `Policy.decode` sample them. All
 run inside the root module's forward, where FSDP2 has the whole embedding and head.
 
-Scoring is the plain form: one row [prompt | completion] for each completion, padded on the right
-(which causal attention never looks at). The image of a prompt is encoded once for all its rows, and its
-features go to prompt positions only, so a sampled image token cannot break the forward.
+Tokens come as one flat stream (`packing.Packed`; in decoding, one token of each row), batch size 1. Who attends to whom
+is in an `Attend` that goes with the call: the registered attention function hands it each layer's heads.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+import copy
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
-from transformers.cache_utils import Cache, DynamicCache
+from transformers import AttentionInterface, AutoConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
-from medground.records import Group, Prompt
 from medground_kernels.grpo_options import GrpoOptions, GrpoOutput
 from medground_kernels.linear_grpo import linear_grpo
 from medground_kernels.linear_logprob import linear_logprob
+from medground_kernels.prefix_attention import prefix_attention
 from medground_kernels.token_logprob import TokenLogprob
+from medground_kernels.varlen_attention import VarlenPlan, varlen_attention, varlen_plan
+
+if TYPE_CHECKING:
+    from transformers import Qwen2_5_VLConfig
+
+    from medground.packing import Packed
+
+# transformers hands the segments of its vision tower over in one call if the name says "flash"
+_TEXT, _VISION = "medground_stream", "medground_flash_vision"
 
 
-class Rows(NamedTuple):
-    """Groups as padded rows: S rows of T tokens, N completion tokens.
+class Attend(Protocol):
+    """Attention of one layer over the stream."""
 
-    Attributes:
-        input_ids: [S, T], int64.
-        position_ids: [3, S, T], int64.
-        is_image: [S, T], bool, image placeholders of the prompt.
-        scored: [N], int64, flat indices into S*T of the positions that predict a completion token.
-        targets: [N], int64, those tokens.
-        cu_seqlens: [S+1], int32, where each completion starts in the N tokens.
-        pixel_values: [patches, features], float32, each image once.
-        image_grid_thw: [B, 3], int64.
-        copies: [B], int64, rows of each prompt.
-    """
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """q [T, Hq, D], k and v [T, Hkv, D] -> [T, Hq, D]."""
 
-    input_ids: Tensor
-    position_ids: Tensor
-    is_image: Tensor
-    scored: Tensor
-    targets: Tensor
-    cu_seqlens: Tensor
-    pixel_values: Tensor
-    image_grid_thw: Tensor
-    copies: Tensor
+
+class Store(Protocol):
+    """Where prefill leaves the keys and values of its stream."""
+
+    def __call__(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """k and v [T, Hkv, D] of one layer."""
 
 
 def check_model(folder: Path) -> None:
@@ -66,48 +63,15 @@ def check_model(folder: Path) -> None:
         raise ValueError(f"{folder}: want weights as .safetensors; it has none")
 
 
-def load_policy(folder: Path) -> "Policy":
+def load_policy(folder: Path) -> Policy:
     """Load a Qwen2.5-VL model folder in float32, from safetensors alone.
 
     Raises:
         ValueError: the folder holds no such model.
     """
     check_model(folder)
-    vlm = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True
-    )
+    vlm = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     return Policy(vlm)
-
-
-def pack_rows(groups: Sequence[Group], image_token: int, device: torch.device) -> Rows:
-    """Lay groups out as padded rows; a group may have any number of completions."""
-    ids, positions, images, scored, targets, copies = [], [], [], [], [], []
-    for group in groups:
-        prompt, P = group.prompt, len(group.prompt.input_ids)
-        copies.append(len(group.rollouts))
-        for rollout in group.rollouts:
-            C = len(rollout.tokens)
-            ids.append(torch.cat([prompt.input_ids, rollout.tokens]))
-            following = prompt.position_ids.max() + 1 + torch.arange(C)
-            positions.append(torch.cat([prompt.position_ids, following.expand(3, -1)], 1).T)
-            images.append(torch.cat([prompt.input_ids == image_token, torch.zeros(C, dtype=torch.bool)]))
-            scored.append(torch.arange(P - 1, P + C - 1))
-            targets.append(rollout.tokens)
-    input_ids = pad_sequence(ids, batch_first=True)
-    S, T = input_ids.shape
-    lengths = torch.tensor([len(t) for t in targets])
-    rows = Rows(
-        input_ids=input_ids,
-        position_ids=pad_sequence(positions, batch_first=True).permute(2, 0, 1),
-        is_image=pad_sequence(images, batch_first=True),
-        scored=torch.cat([s + row * T for row, s in enumerate(scored)]),
-        targets=torch.cat(targets),
-        cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int(),
-        pixel_values=torch.cat([group.prompt.pixel_values for group in groups]),
-        image_grid_thw=torch.cat([group.prompt.image_grid_thw for group in groups]),
-        copies=torch.tensor(copies),
-    )
-    return Rows(*(t.to(device) for t in rows))
 
 
 class Policy(nn.Module):
@@ -115,12 +79,38 @@ class Policy(nn.Module):
 
     def __init__(self, vlm: Qwen2_5_VLForConditionalGeneration):
         super().__init__()
+        vlm.config.text_config._attn_implementation = _TEXT
+        vlm.config.vision_config._attn_implementation = _VISION
         self.vlm = vlm
 
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """Compile each decoder layer and vision block, attention aside, once for all lengths."""
+        for block in [*self.vlm.model.visual.blocks, *self.vlm.model.language_model.layers]:
+            block.compile(dynamic=True, backend=backend)
+
+    def plain_config(self) -> Qwen2_5_VLConfig:
+        """A copy of the model's configuration, as transformers runs it without us."""
+        config = copy.deepcopy(self.vlm.config)
+        for part in (config.text_config, config.vision_config):
+            part._attn_implementation = "sdpa"
+        return config
+
+    def empty_copy(self, dtype: torch.dtype) -> Policy:
+        """A policy of the same shape on the same device, frozen, in `dtype`, whose weights are not filled in yet."""
+        with torch.device("meta"):
+            vlm = Qwen2_5_VLForConditionalGeneration(self.plain_config())
+        vlm = vlm.to(dtype).to_empty(device=self.device)
+        vlm.tie_weights()
+        vlm.generation_config = self.vlm.generation_config
+        for name, buffer in self.vlm.named_buffers():  # not computed on "meta", and float32 whatever the weights
+            module, _, own = name.rpartition(".")
+            setattr(vlm.get_submodule(module), own, buffer.clone())
+        return Policy(vlm).eval().requires_grad_(False)
+
     @property
-    def image_token(self) -> int:
-        """Id of the image placeholder."""
-        return self.vlm.config.image_token_id
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.vlm.lm_head.weight.device
 
     @property
     def never_sampled(self) -> list[int]:
@@ -130,13 +120,20 @@ class Policy(nn.Module):
         found = {getattr(config, name, None) for name in names}
         return sorted(token for token in found if token is not None)
 
-    def forward(self, rows: Rows, temperature: float) -> TokenLogprob:
-        """Log-probability and entropy, float32 [N], of every completion token of `rows`."""
-        return linear_logprob(self._scored(rows), self.vlm.lm_head.weight, rows.targets, temperature=temperature)
+    @property
+    def patch_cost(self) -> float:
+        """Work of an image patch, in tokens of the stream: as its weights are to the layers'."""
+        visual, text = self.vlm.model.visual, self.vlm.model.language_model
+        return sum(p.numel() for p in visual.parameters()) / sum(p.numel() for p in text.layers.parameters())
+
+    def forward(self, packed: Packed, temperature: float) -> TokenLogprob:
+        """Log-probability and entropy, float32 [N], of every completion token."""
+        weight = self.vlm.lm_head.weight
+        return linear_logprob(self._scored(packed), weight, packed.targets, temperature=temperature)
 
     def loss(
         self,
-        rows: Rows,
+        packed: Packed,
         advantages: Tensor,
         *,
         old_logp: Tensor | None,
@@ -144,82 +141,96 @@ class Policy(nn.Module):
         options: GrpoOptions,
         total_tokens: int,
     ) -> GrpoOutput:
-        """GRPO loss of `rows`, from float32 advantages [S] and old and reference log-probabilities [N]."""
+        """GRPO loss, from float32 advantages [S] and old and reference log-probabilities [N]."""
         return linear_grpo(
-            self._scored(rows),
+            self._scored(packed),
             self.vlm.lm_head.weight,
-            rows.targets,
+            packed.targets,
             advantages,
-            rows.cu_seqlens,
+            packed.cu_seqlens,
             old_logp=old_logp,
             ref_logp=ref_logp,
             options=options,
             total_tokens=total_tokens,
         )
 
-    def _scored(self, rows: Rows) -> Tensor:
+    def prefill(self, packed: Packed, store: Store) -> Tensor:
+        """Run prompts without completions: logits [B, V] of each one's first token; keys and values go to `store`."""
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+            store(layer, k, v)
+            return prefix_attention(q, k, v, packed.layout, scale=scale)
+
+        return self.vlm.lm_head(self._hidden(self._embed(packed), packed.position_ids, attend)[packed.ends])
+
+    def decode(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """One more token of R rows, int64 [R], at positions [R] -> logits [R, V] of the next ones."""
+        embeds = self.vlm.model.get_input_embeddings()(tokens)
+        return self.vlm.lm_head(self._hidden(embeds, positions.expand(3, -1), attend))
+
+    def _scored(self, packed: Packed) -> Tensor:
         """The final hidden state [N, H] that predicts each completion token."""
-        embeds = self._embed(rows.input_ids, rows.is_image, rows.pixel_values, rows.image_grid_thw, rows.copies)
-        hidden = self.vlm.model.language_model(
-            inputs_embeds=embeds, position_ids=rows.position_ids, attention_mask=None, use_cache=False
-        ).last_hidden_state
-        return hidden.flatten(0, 1)[rows.scored]
 
-    def prefill(self, prompts: Sequence[Prompt], copies: int) -> tuple[Tensor, "Decoding"]:
-        """Run each prompt once and repeat its cache for `copies` completions.
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+            return prefix_attention(q, k, v, packed.layout, scale=scale)
 
-        Returns:
-            Logits [B*copies, V] of the first token, and the state that `decode` continues from. Rows of
-            a prompt are neighbours.
-        """
-        device = self.vlm.lm_head.weight.device
-        # padded on the left, so that every row's last token stands in the last column
-        input_ids = _pad_left([p.input_ids for p in prompts]).to(device)
-        position_ids = _pad_left([p.position_ids.T for p in prompts]).permute(2, 0, 1).to(device)
-        mask = _pad_left([torch.ones_like(p.input_ids) for p in prompts]).to(device)
-        embeds = self._embed(
-            input_ids,
-            input_ids == self.image_token,
-            torch.cat([p.pixel_values for p in prompts]).to(device),
-            torch.cat([p.image_grid_thw for p in prompts]).to(device),
-            torch.ones(len(prompts), dtype=torch.int64, device=device),
-        )
-        cache = DynamicCache(config=self.vlm.config.text_config)
-        hidden = self.vlm.model.language_model(
-            inputs_embeds=embeds, position_ids=position_ids, attention_mask=mask, past_key_values=cache, use_cache=True
-        ).last_hidden_state[:, -1]
-        cache.batch_repeat_interleave(copies)
-        following = torch.stack([p.position_ids.max() + 1 for p in prompts]).to(device)
-        state = Decoding(cache, mask.repeat_interleave(copies, 0), following.repeat_interleave(copies))
-        return self.vlm.lm_head(hidden).repeat_interleave(copies, 0), state
+        return self._hidden(self._embed(packed), packed.position_ids, attend)[packed.scored]
 
-    def decode(self, tokens: Tensor, state: "Decoding") -> tuple[Tensor, "Decoding"]:
-        """Append one token to each row: [R], int64 -> logits [R, V] of the next, and the new state."""
-        mask = torch.cat([state.mask, state.mask.new_ones(len(tokens), 1)], 1)
-        hidden = self.vlm.model.language_model(
-            inputs_embeds=self.vlm.model.get_input_embeddings()(tokens)[:, None],
-            position_ids=state.following.expand(3, 1, -1).transpose(1, 2),
-            attention_mask=mask,
-            past_key_values=state.cache,
-            use_cache=True,
-        ).last_hidden_state[:, -1]
-        return self.vlm.lm_head(hidden), Decoding(state.cache, mask, state.following + 1)
+    def _hidden(self, embeds: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """The language model: embeddings [T, H] at M-RoPE positions [3, T] -> final hidden states [T, H]."""
+        model = self.vlm.model.language_model
+        return model(
+            inputs_embeds=embeds[None], position_ids=positions[:, None], use_cache=False, attend=attend
+        ).last_hidden_state[0]
 
-    def _embed(self, input_ids: Tensor, is_image: Tensor, pixels: Tensor, grids: Tensor, copies: Tensor) -> Tensor:
-        embeds = self.vlm.model.get_input_embeddings()(input_ids)
-        per_image = self.vlm.model.get_image_features(pixels, grids).pooler_output
-        features = torch.cat([f.repeat(n, 1) for f, n in zip(per_image, copies.tolist(), strict=True)])
-        return embeds.masked_scatter(is_image[..., None], features.to(embeds.dtype))
+    def _embed(self, packed: Packed) -> Tensor:
+        """Embeddings [T, H] of the stream, features of the images in their places."""
+        embeds = self.vlm.model.get_input_embeddings()(packed.input_ids)
+        if not len(packed.image_grid_thw):
+            # under FSDP2 every rank has to run the vision tower: one image of zeros, which changes nothing
+            config = self.vlm.config.vision_config
+            merge = config.spatial_merge_size
+            size = config.in_channels * config.temporal_patch_size * config.patch_size**2
+            features = self._see(embeds.new_zeros(merge**2, size), torch.tensor([[1, merge, merge]]))
+            return embeds + 0 * features.sum()
+        features = self._see(packed.pixel_values, packed.image_grid_thw)[packed.image_from]
+        return embeds.index_copy(0, packed.image_at, features.to(embeds.dtype))
+
+    def _see(self, pixels: Tensor, grids: Tensor) -> Tensor:
+        """Features [rows, H] of images; what their sizes alone decide is worked out on the CPU, so nothing waits."""
+        visual, device = self.vlm.model.visual, pixels.device
+        merge = visual.spatial_merge_size
+        whole = get_vision_cu_seqlens(grids)
+        order, windows = get_vision_window_index(grids, merge, visual.window_size, visual.patch_size)
+        plans = [varlen_plan(cu.diff().tolist(), cu.diff().tolist(), device, causal=False) for cu in (whole, windows)]
+        settings: dict[str, Any] = {
+            "position_ids": get_vision_position_ids(grids, merge).to(device),
+            "cu_seqlens": plans[0].cu_q,
+            "max_seqlen": plans[0].max_q,
+            "window_index": order.to(device),
+            "cu_window_seqlens": plans[1].cu_q,
+            "max_window_seqlen": plans[1].max_q,
+        }
+        pixels = pixels.to(visual.dtype)
+        return visual(pixels, grid_thw=grids, plans=plans, **settings).pooler_output
 
 
-class Decoding(NamedTuple):
-    """Where decoding stands: cache, attention mask [R, tokens so far], next position [R]."""
+@torch.compiler.disable
+def _attend_stream(module, query, key, value, attention_mask, *, scaling, attend: Attend, **_: Any):
+    """transformers' attention of a decoder layer: heads [1, heads, T, D] -> [1, T, heads, D]."""
+    q, k, v = (heads[0].transpose(0, 1) for heads in (query, key, value))
+    return attend(module.layer_idx, q, k, v, scaling)[None], None
 
-    cache: Cache
-    mask: Tensor
-    following: Tensor
+
+@torch.compiler.disable
+def _attend_images(
+    module, query, key, value, attention_mask, *, scaling, cu_seq_lens_q, plans: list[VarlenPlan], **_: Any
+):
+    """The same of a vision block, within whole images or within windows."""
+    q, k, v = (heads[0].transpose(0, 1) for heads in (query, key, value))
+    plan = next(plan for plan in plans if plan.cu_q is cu_seq_lens_q)
+    return varlen_attention(q, k, v, plan, scale=scaling)[None], None
 
 
-def _pad_left(rows: list[Tensor]) -> Tensor:
-    flipped = pad_sequence([row.flip(0) for row in rows], batch_first=True)
-    return flipped.flip(1)
+AttentionInterface.register(_TEXT, _attend_stream)
+AttentionInterface.register(_VISION, _attend_images)

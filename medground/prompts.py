@@ -4,6 +4,7 @@ The model sees the image resized so that its sides are multiples of patch * merg
 Qwen2.5-VL) and names boxes in the pixels of *that* image: `to_processed` and `to_original` convert.
 """
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -73,30 +74,51 @@ def make_prompt(example: Example, image: Image.Image, processor: Processor, temp
         processor: of the model that is asked.
         template: a key of TEMPLATES.
     """
-    check_phrase(example, processor)
     patches = processor.images(images=[image], return_tensors="pt")
-    grid = patches["image_grid_thw"]
+    grid, pixels = patches["image_grid_thw"], patches["pixel_values"]
     merge = processor.images.merge_size
-    question = [{"type": "image"}, {"type": "text", "text": TEMPLATES[template].format(phrase=example.phrase)}]
-    text = processor.tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
-    )
+    head, tail = _question(example, processor, template)
     # one placeholder in the chat, one per merged patch in the prompt
-    head, placeholder, tail = text.partition(IMAGE_TOKEN)
-    assert placeholder, f"the chat template leaves out the image: {text!r}"
-    tokens = int(grid.prod()) // merge**2
-    ids = processor.tokenizer(head + IMAGE_TOKEN * tokens + tail, add_special_tokens=False)["input_ids"]
-    input_ids = torch.tensor(ids)
+    text = head + IMAGE_TOKEN * (int(grid.prod()) // merge**2) + tail
+    input_ids = torch.tensor(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
     is_image = input_ids == processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     return Prompt(
         example=example,
         input_ids=input_ids,
         position_ids=mrope_positions(is_image, grid // torch.tensor([1, merge, merge])),
-        pixel_values=patches["pixel_values"],
+        pixel_values=pixels,
         image_grid_thw=grid,
+        image_keys=(hashlib.blake2b(pixels.numpy().tobytes(), digest_size=16).hexdigest(),),
         processed_width=int(grid[0, 2]) * processor.images.patch_size,
         processed_height=int(grid[0, 1]) * processor.images.patch_size,
     )
+
+
+def prompt_tokens(example: Example, processor: Processor, template: str) -> tuple[int, int]:
+    """How many tokens of the example's prompt are text and how many its image, without reading the image.
+
+    Raises:
+        ValueError: the image is of a shape that the processor refuses; names the record.
+    """
+    head, tail = _question(example, processor, template)
+    text = processor.tokenizer(head + IMAGE_TOKEN + tail, add_special_tokens=False)["input_ids"]
+    try:
+        patches = processor.images.get_number_of_image_patches(example.height, example.width)
+    except ValueError as error:
+        raise ValueError(f"record {example.id}: {error}") from None
+    return len(text) - 1, patches // processor.images.merge_size**2
+
+
+def _question(example: Example, processor: Processor, template: str) -> tuple[str, str]:
+    """The chat that asks for the example's phrase, before and after the image's placeholder."""
+    check_phrase(example, processor)
+    question = [{"type": "image"}, {"type": "text", "text": TEMPLATES[template].format(phrase=example.phrase)}]
+    text = processor.tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+    )
+    head, placeholder, tail = text.partition(IMAGE_TOKEN)
+    assert placeholder, f"the chat template leaves out the image: {text!r}"
+    return head, tail
 
 
 def check_phrase(example: Example, processor: Processor) -> None:

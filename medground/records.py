@@ -44,9 +44,10 @@ class Prompt:
         example: where it comes from.
         input_ids: [P], int64, image placeholders included.
         position_ids: [3, P], int64, the M-RoPE positions (time, height, width).
-        pixel_values: [patches, patch_features], float32.
-        image_grid_thw: [1, 3], int64, patches along time, height and width.
-        processed_width: width of the image the model sees, in pixels.
+        pixel_values: [patches, patch_features], float32, of its images one after another.
+        image_grid_thw: [images, 3], int64, patches along time, height and width; there may be no image.
+        image_keys: a name for each image; prompts with equal names share the image.
+        processed_width: width of the image that boxes are in, as the model sees it, in pixels.
         processed_height: its height.
     """
 
@@ -55,6 +56,7 @@ class Prompt:
     position_ids: Tensor
     pixel_values: Tensor
     image_grid_thw: Tensor
+    image_keys: tuple[str, ...]
     processed_width: int
     processed_height: int
 

@@ -7,7 +7,7 @@ weights, gradients and their reduction are float32; the compute dtype is the mes
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
 if TYPE_CHECKING:
     from medground.policy import Policy
@@ -64,6 +65,28 @@ class Ranks:
             raise SharedError(problems[0])
         return cast(T, value)
 
+    def exchange(self, outgoing: Sequence[tuple[int, Any]], incoming: Sequence[int]) -> list[Any]:
+        """Send values to other ranks and take theirs; all ranks must call it, in agreement.
+
+        Args:
+            outgoing: (receiving rank, value).
+            incoming: the rank of each value to take; those of one rank come in the order in which it sends them.
+        """
+        values: list[Any] = [None] * len(incoming)
+        for sender in range(self.size):
+            for receiver in range(self.size):
+                if self.rank == sender:
+                    for to, value in outgoing:
+                        if to == receiver:
+                            dist.send_object_list([value], dst=receiver, device=torch.device("cpu"))
+                elif self.rank == receiver:
+                    for at, source in enumerate(incoming):
+                        if source == sender:
+                            box: list[Any] = [None]
+                            dist.recv_object_list(box, src=sender, device=torch.device("cpu"))
+                            values[at] = box[0]
+        return values
+
     def barrier(self) -> None:
         """Wait for every rank."""
         dist.barrier()
@@ -88,6 +111,12 @@ def join_ranks() -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
+def compute_dtype(ranks: Ranks, precision: str) -> torch.dtype:
+    """What auto, float32 or bfloat16 comes to: auto is bfloat16 on a GPU and float32 on a CPU."""
+    half = precision == "bfloat16" or (precision == "auto" and ranks.device.type == "cuda")
+    return torch.bfloat16 if half else torch.float32
+
+
 def shard(policy: Policy, ranks: Ranks, precision: str) -> Policy:
     """Move a policy to its device and shard it over the ranks, in place.
 
@@ -96,34 +125,36 @@ def shard(policy: Policy, ranks: Ranks, precision: str) -> Policy:
         ranks: where it goes.
         precision: auto, float32 or bfloat16, of the computation.
     """
-    half = precision == "bfloat16" or (precision == "auto" and ranks.device.type == "cuda")
+    dtype = compute_dtype(ranks, precision)
     # inputs stay as the model makes them: it computes rotary phases in float32
-    mixed = MixedPrecisionPolicy(
-        torch.bfloat16 if half else None, torch.float32 if half else None, cast_forward_inputs=False
-    )
+    mixed = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     policy.to(ranks.device)
     for block in [*policy.vlm.model.visual.blocks, *policy.vlm.model.language_model.layers]:
         fully_shard(block, mesh=ranks.mesh, mp_policy=mixed)
     fully_shard(policy, mesh=ranks.mesh, mp_policy=mixed)
-    for method in ("loss", "prefill", "decode"):
-        register_fsdp_forward_method(policy, method)
+    register_fsdp_forward_method(policy, "loss")
     return policy
 
 
-@contextmanager
-def gathered(policy: nn.Module) -> Iterator[None]:
-    """Hold every weight whole, so that decoding needs no other rank."""
-    units = [module for module in policy.modules() if isinstance(module, FSDPModule)]
-    training = policy.training
-    policy.eval()  # while training, gradient checkpointing would switch the key-value cache off
-    for unit in units:
-        unit.set_reshard_after_forward(False, recurse=False)
-        unit.unshard()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        policy.train(training)
-        for unit in units:
-            unit.reshard()
-            unit.set_reshard_after_forward(unit is not policy, recurse=False)
+class WholeCopy:
+    """A sharded policy's weights, whole on every rank, in the compute dtype, at fixed addresses.
+
+    So decoding needs no other rank, and CUDA graphs stay valid from step to step.
+    """
+
+    def __init__(self, sharded: Policy, ranks: Ranks, precision: str):
+        self._sharded = sharded
+        self.policy = sharded.empty_copy(compute_dtype(ranks, precision))
+
+    @torch.no_grad()
+    def refresh(self) -> Policy:
+        """Copy the weights as they are now, a unit at a time; every rank must call it."""
+        targets = dict(self.policy.named_parameters())
+        for prefix, unit in self._sharded.named_modules():
+            if isinstance(unit, FSDPModule):
+                unit.unshard()
+                for name, weight in cast(nn.Module, unit).named_parameters(prefix):
+                    if not isinstance(weight, DTensor):  # of an inner unit
+                        targets[name].copy_(weight)
+                unit.reshard()
+        return self.policy

@@ -14,6 +14,7 @@ from medground_kernels.grpo_options import STAT_NAMES
 
 if TYPE_CHECKING:
     from medground.rewards.total import Rewards
+    from medground.rollout.engine import RolloutStats
     from medground.sharding import Ranks
 
 
@@ -25,8 +26,8 @@ class Totals(NamedTuple):
     means: dict[str, float]
 
 
-def step_totals(groups: Sequence[Group], rewards: Rewards, ranks: Ranks) -> Totals:
-    """Add up a step's completions and what they earned; every rank must call it."""
+def step_totals(groups: Sequence[Group], rewards: Rewards, rollout: RolloutStats, ranks: Ranks) -> Totals:
+    """Add up a step's completions, how they were sampled and what they earned; every rank must call it."""
     rollouts = [r for g in groups for r in g.rollouts]
     spread = rewards.total.amax(1) > rewards.total.amin(1)
     mine = {
@@ -38,15 +39,29 @@ def step_totals(groups: Sequence[Group], rewards: Rewards, ranks: Ranks) -> Tota
         "completion_length": float(sum(len(r.tokens) for r in rollouts)),
         "truncated": float(sum(not r.finished for r in rollouts)),
     }
-    shares = ranks.gather((len(rollouts), mine))
-    sequences = sum(count for count, _ in shares)
-    means = {name: sum(share[name] for _, share in shares) / sequences for name in mine}
+    counts = {
+        "prompt_tokens": sum(len(g.prompt.input_ids) for g in groups),
+        # what G rows [prompt | completion] would have added, in roll-out, scoring and update alike
+        "tokens_avoided": sum(len(g.prompt.input_ids) * (len(g.rollouts) - 1) for g in groups),
+        "decode_steps": rollout.steps,
+        "decode_slots": rollout.slots,
+    }
+    shares = ranks.gather((len(rollouts), mine, counts))
+    sequences = sum(count for count, _, _ in shares)
+    means = {name: sum(share[name] for _, share, _ in shares) / sequences for name in mine}
     tokens = round(means["completion_length"] * sequences)
-    return Totals(tokens, sequences, means | {"completion_tokens": tokens})
+    sums = {name: sum(share[name] for _, _, share in shares) for name in counts}
+    sums["decode_steps"] = max(share["decode_steps"] for _, _, share in shares)
+    slots = sums.pop("decode_slots")
+    return Totals(
+        tokens,
+        sequences,
+        means | {"completion_tokens": tokens, "slots_filled": (tokens - sequences) / slots if slots else 1.0} | sums,
+    )
 
 
 def update_statistics(
-    stats: list[Tensor], losses: list[Tensor], norms: list[Tensor], epochs: int, ranks: Ranks
+    stats: list[Tensor], losses: list[Tensor], norms: list[Tensor], gaps: list[Tensor], epochs: int, ranks: Ranks
 ) -> dict[str, float]:
     """Put the micro-batches of an update together; every rank must call it.
 
@@ -54,6 +69,8 @@ def update_statistics(
         stats: `GrpoOutput.stats` of each.
         losses: each one's share of the loss, scalars.
         norms: gradient norm of each optimizer step, the same on every rank.
+        gaps: of each micro-batch of the first, [N], how much the training forward's log-probabilities differ from
+            those that came with the tokens.
         epochs: optimizer steps that the micro-batches belong to.
         ranks: to add up over.
 
@@ -62,10 +79,16 @@ def update_statistics(
     """
     local = torch.stack(stats).double().cpu()  # one wait for the device
     loss = float(torch.stack(losses).double().sum()) / epochs
-    shares = ranks.gather((local, loss))
-    table = torch.cat([share for share, _ in shares])  # [micro-batches, statistics]
+    gap = torch.cat([gap.abs().double() for gap in gaps])
+    shares = ranks.gather((local, loss, (gap.sum().item(), gap.amax().item(), len(gap))))
+    table = torch.cat([share[0] for share in shares])  # [micro-batches, statistics]
     tokens = table[:, STAT_NAMES.index("tokens")]
-    out = {"loss": sum(part for _, part in shares), "grad_norm": float(torch.stack(norms).mean())}
+    out = {
+        "loss": sum(share[1] for share in shares),
+        "grad_norm": float(torch.stack(norms).mean()),
+        "logp_gap": sum(share[2][0] for share in shares) / sum(share[2][2] for share in shares),
+        "logp_gap_max": max(share[2][1] for share in shares),
+    }
     for name, column in zip(STAT_NAMES, table.T, strict=True):
         if name in ("tokens", "masked_tokens"):
             continue
@@ -102,20 +125,29 @@ def sample_rows(
 class Clock:
     """Seconds of a step's phases."""
 
-    def __init__(self) -> None:
-        """Start the step."""
+    def __init__(self, checkpoint: float = 0.0) -> None:
+        """Start the step; `checkpoint`: seconds that saving took since the last one."""
         self._start = self._last = time.perf_counter()
         self._laps: dict[str, float] = {}
+        self._checkpoint = checkpoint
 
-    def lap(self, phase: str) -> None:
-        """End a phase."""
+    def lap(self, phase: str, seconds: float | None = None) -> None:
+        """End a phase, which took the time since the last one ended, or `seconds` of it."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        now = time.perf_counter()
+        now = time.perf_counter() if seconds is None else self._last + seconds
         self._laps[f"seconds_{phase}"] = now - self._last
         self._last = now
 
-    def seconds(self, tokens: int) -> dict[str, float]:
-        """The step's seconds, its phases' and its completion tokens per second."""
+    def seconds(self, totals: Totals) -> dict[str, float]:
+        """The step's seconds, its phases' and what they make of its tokens a second."""
         whole = self._last - self._start
-        return {"tokens_per_second": tokens / whole, "seconds": whole} | self._laps
+        decode, update = self._laps["seconds_decode"], self._laps["seconds_update"]
+        return {
+            "tokens_per_second": totals.tokens / whole,
+            "decode_tokens_per_second": totals.tokens / decode,
+            "update_tokens_per_second": (totals.tokens + totals.means["prompt_tokens"]) / update,
+            "seconds": whole,
+            **self._laps,
+            "seconds_checkpoint": self._checkpoint,
+        }

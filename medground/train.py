@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -23,22 +23,27 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
+from transformers import AutoConfig
 
 from medground.checkpoint import export_policy, load_checkpoint, save_checkpoint
 from medground.config import Config, differing_fields
 from medground.datasets.manifest import load_records, records_hash, select
 from medground.evaluate import Asker, read_answer
-from medground.policy import Policy, check_model, load_policy, pack_rows
-from medground.prompts import Processor, check_phrase, load_processor
+from medground.micro_batches import Load, deal
+from medground.packing import Packed, pack
+from medground.policy import Policy, check_model, load_policy
+from medground.prompts import Processor, load_processor, prompt_tokens
 from medground.records import Example, Group, Prompt
 from medground.report.page import write_report
 from medground.rewards.total import score_answers
-from medground.rollout import roll_out
+from medground.rollout.cache import Sampling
+from medground.rollout.engine import Engine, Limits, plan_cache
 from medground.run_folder import RunFolder, check_folder, environment
-from medground.sharding import Ranks, SharedError, gathered, join_ranks, shard
+from medground.sharding import Ranks, SharedError, WholeCopy, compute_dtype, join_ranks, shard
 from medground.step_metrics import Clock, Totals, sample_rows, step_totals, update_statistics
 from medground.summary import Splits, evaluate_curve, evaluate_test, summarise
 from medground_kernels.group_advantage import group_advantage
+from medground_kernels.varlen_attention import backend_name
 
 
 def train(config: Config) -> None:
@@ -50,11 +55,18 @@ def train(config: Config) -> None:
     """
     started = time.perf_counter()
     with join_ranks() as ranks:
-        splits, data_hash, model_folder, processor = _check(config, ranks)
+        splits, data_hash, model_folder, processor, limits = _check(config, ranks)
         policy = shard(_load(model_folder, config), ranks, config.model.precision)
         reference = shard(_load(model_folder, config), ranks, config.model.precision) if config.loss.beta else None
         optimizer = _optimizer(policy, config)
-        asker = Asker(policy, processor, config, ranks)
+        whole = WholeCopy(policy, ranks, config.model.precision)
+        if config.model.compile:
+            whole.policy.compile_layers()
+        engine = Engine(whole.policy, processor.tokenizer, limits)
+        asker = Asker(policy, whole, engine, processor, config, ranks)
+        if ranks.is_first:
+            half = whole.policy.vlm.dtype != torch.float32
+            print(f"attention: {backend_name(ranks.device if half else 'cpu')}")
 
         done = load_checkpoint(Path(config.out) / "checkpoints", policy, optimizer) if config.resume else 0
         facts = environment(ranks.size, config.seed, data_hash, config.model.path)
@@ -87,34 +99,30 @@ def _steps(
     config, ranks, policy = asker.config, asker.ranks, asker.policy
     batches = _batches(asker, splits.train, done)
     bar = tqdm(range(done, config.steps), initial=done, total=config.steps, desc="GRPO", disable=not ranks.is_first)
+    saving = 0.0
     for step in bar:
-        clock = Clock()
+        clock = Clock(saving)
         prompts = next(batches)
         clock.lap("data")
 
-        with gathered(policy):
-            groups = roll_out(
-                policy,
-                asker.processor.tokenizer,
-                prompts,
-                copies=config.rollout.group_size,
-                max_new_tokens=config.rollout.max_new_tokens,
-                temperature=config.rollout.temperature,
-                seed=config.seed,
-                step=step,
-            )
-        clock.lap("rollout")
+        groups = _roll_out(asker, prompts, step)
+        clock.lap("prefill", asker.engine.stats.prefill_seconds)
+        clock.lap("decode")
 
         answers = [[read_answer(r.text, g.prompt) for r in g.rollouts] for g in groups]
         rewards = score_answers(answers, [g.prompt.example.boxes for g in groups], config.reward)
         advantages = group_advantage(rewards.total, normalize=config.loss.advantage)  # [B, G]
         clock.lap("reward")
 
-        totals = step_totals(groups, rewards, ranks)
-        updated = _update(policy, reference, optimizer, groups, advantages, totals, config, ranks, step)
+        totals = step_totals(groups, rewards, asker.engine.stats, ranks)
+        micro = _micro_batches(policy, groups, advantages, config, ranks)
+        _score(policy, reference, micro, config)
+        clock.lap("score")
+
+        updated = _update(policy, optimizer, micro, totals, config, ranks, step)
         clock.lap("update")
 
-        metrics = {"step": step + 1} | totals.means | updated | clock.seconds(totals.tokens)
+        metrics = {"step": step + 1} | totals.means | updated | clock.seconds(totals)
         if run:
             run.log(metrics)
             bar.set_postfix_str(f"reward {metrics['reward']:.3f}, IoU {metrics['iou']:.3f}")
@@ -124,9 +132,28 @@ def _steps(
                 run.write_rows(f"samples/step-{step + 1:06d}.jsonl", (row for share in shares for row in share))
         if config.evaluation.every and (step + 1) % config.evaluation.every == 0 and step + 1 < config.steps:
             evaluate_curve(asker, splits, run, step + 1)
+        start = time.perf_counter()
         if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.steps:
             folder = Path(config.out) / "checkpoints"
             save_checkpoint(folder, step + 1, policy, optimizer, ranks, config.checkpoint.keep)
+        saving = time.perf_counter() - start
+
+
+def _roll_out(asker: Asker, prompts: Sequence[Prompt], step: int) -> list[Group]:
+    """The completions of this rank's prompts, in their order."""
+    r, first = asker.config.rollout, asker.ranks.is_first
+    asker.whole.refresh()
+    with tqdm(total=len(prompts) * r.group_size, desc="rollout", disable=not first, leave=False) as bar:
+        found = asker.engine.roll_out(
+            prompts,
+            count=len(prompts),
+            copies=r.group_size,
+            sampling=Sampling(r.temperature, r.top_k, r.top_p),
+            seed=asker.config.seed,
+            step=step,
+            bar=bar,
+        )
+        return [group for _, group in sorted(found, key=lambda pair: pair[0])]
 
 
 def _batches(asker: Asker, examples: Sequence[Example], first: int) -> Iterator[list[Prompt]]:
@@ -144,54 +171,121 @@ def _batches(asker: Asker, examples: Sequence[Example], first: int) -> Iterator[
             yield prompts
 
 
+@dataclass
+class MicroBatch:
+    """Groups that go through the network together, with what the loss needs of each sequence and token.
+
+    Attributes:
+        packed: S sequences, N scored tokens.
+        advantages: float32 [S].
+        sampled_logp: float32 [N], as they came with the tokens.
+        counts: False where this rank has no groups left while others have; it runs along and trains on nothing.
+        old_logp: float32 [N], of the old policy; None for the policy as it is.
+        ref_logp: float32 [N], of the reference policy, if there is one.
+    """
+
+    packed: Packed
+    advantages: Tensor
+    sampled_logp: Tensor
+    counts: bool
+    old_logp: Tensor | None = None
+    ref_logp: Tensor | None = None
+
+
+def _micro_batches(
+    policy: Policy, groups: Sequence[Group], advantages: Tensor, config: Config, ranks: Ranks
+) -> list[MicroBatch]:
+    """Deal all ranks' groups out, evenly by work: how they are cut and dealt changes nothing."""
+    budget, patch_cost, vlm = config.loss.micro_batch_tokens, policy.patch_cost, policy.vlm.config
+    loads = []
+    for group in groups:
+        tokens = len(group.prompt.input_ids) + sum(len(r.tokens) for r in group.rollouts)
+        loads.append(Load(tokens, tokens + patch_cost * len(group.prompt.pixel_values)))
+    dealt = deal(ranks.gather(loads), budget)
+    mine = [place for places in dealt[ranks.rank] for place in places]
+    outgoing = [
+        (rank, (groups[place.number], advantages[place.number]))
+        for rank, cuts in enumerate(dealt)
+        for place in (place for places in cuts for place in places)
+        if place.home == ranks.rank != rank
+    ]
+    coming = [place for place in mine if place.home != ranks.rank]
+    moved = dict(zip(coming, ranks.exchange(outgoing, [place.home for place in coming]), strict=True))
+    held = {p: moved[p] if p in moved else (groups[p.number], advantages[p.number]) for p in mine}
+    smallest = min(held.values(), key=lambda item: sum(len(r.tokens) for r in item[0].rollouts))
+    micro = []
+    for places in dealt[ranks.rank]:
+        items = [held[place] for place in places] or [smallest]
+        chunk = [group for group, _ in items]
+        micro.append(
+            MicroBatch(
+                packed=pack(chunk, vlm, ranks.device),
+                advantages=torch.cat([advantage for _, advantage in items]).to(ranks.device),
+                sampled_logp=torch.cat([r.logp for g in chunk for r in g.rollouts]).to(ranks.device),
+                counts=bool(places),
+            )
+        )
+    return micro
+
+
+@torch.no_grad()
+def _score(policy: Policy, reference: Policy | None, micro: Sequence[MicroBatch], config: Config) -> None:
+    """Log-probabilities of the old and of the reference policy, where those at hand won't do."""
+    T, rescored = config.rollout.temperature, config.rollout.old_logp == "rescored"
+    for batch in micro:
+        if not rescored:
+            batch.old_logp = batch.sampled_logp
+        elif config.loss.inner_epochs > 1:  # else the policy that is trained is the old one
+            batch.old_logp = policy(batch.packed, T).logp
+        if reference:
+            batch.ref_logp = reference(batch.packed, T).logp
+
+
 def _update(
     policy: Policy,
-    reference: Policy | None,
     optimizer: torch.optim.Optimizer,
-    groups: Sequence[Group],
-    advantages: Tensor,
+    micro: Sequence[MicroBatch],
     totals: Totals,
     config: Config,
     ranks: Ranks,
     step: int,
 ) -> dict[str, float]:
-    """`inner_epochs` optimizer steps on this rank's groups; how they are cut changes nothing."""
+    """`inner_epochs` optimizer steps on this rank's micro-batches."""
     options = config.loss.options(
         temperature=config.rollout.temperature, max_completion_length=config.rollout.max_new_tokens
     )
-    size, T = config.loss.micro_batch_groups, config.rollout.temperature
-    cuts = [slice(start, start + size) for start in range(0, len(groups), size)]
-    micro = [(pack_rows(groups[cut], policy.image_token, ranks.device), groups[cut], advantages[cut]) for cut in cuts]
-    with torch.no_grad():
-        ref_logps = [reference(rows, T).logp if reference else None for rows, _, _ in micro]
     lr = _learning_rate(config, step)
     for group in optimizer.param_groups:
         group["lr"] = lr
 
-    stats, losses, norms = [], [], []
-    for _ in range(config.loss.inner_epochs):
-        for i, (rows, chunk, advantage) in enumerate(micro):
+    stats, losses, norms, gaps = [], [], [], []
+    for epoch in range(config.loss.inner_epochs):
+        for i, batch in enumerate(micro):
             cast(FSDPModule, policy).set_requires_gradient_sync(i + 1 == len(micro))
             # dapo and cispo are normalised by all tokens already, the others by the sequences of this micro-batch
-            share = 1.0 if options.loss_type in ("dapo", "cispo") else advantage.numel() / totals.sequences
-            bonus = options.entropy_coef * len(rows.targets) / totals.tokens / share  # a mean over this micro-batch
-            loss, stat, _ = policy.loss(
-                rows,
-                advantage.flatten().to(ranks.device),
-                old_logp=torch.cat([r.logp for g in chunk for r in g.rollouts]).to(ranks.device),
-                ref_logp=ref_logps[i],
+            share = 1.0 if options.loss_type in ("dapo", "cispo") else len(batch.advantages) / totals.sequences
+            bonus = options.entropy_coef * len(batch.packed.targets) / totals.tokens / share  # a mean over this batch
+            loss, stat, logp = policy.loss(
+                batch.packed,
+                batch.advantages,
+                old_logp=batch.old_logp,
+                ref_logp=batch.ref_logp,
                 options=replace(options, entropy_coef=bonus),
                 total_tokens=totals.tokens,
             )
+            share *= batch.counts
             (loss * share * ranks.size).backward()  # FSDP2 averages over the ranks; we want the sum
-            losses.append(loss.detach() * share)
-            stats.append(stat)
+            if batch.counts:
+                losses.append(loss.detach() * share)
+                stats.append(stat)
+                if not epoch:
+                    gaps.append(logp - batch.sampled_logp)
         limit = config.optimizer.max_grad_norm
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), limit, error_if_nonfinite=True)
         norms.append(norm.full_tensor())  # type: ignore[attr-defined]  # a DTensor under FSDP2
         optimizer.step()
         optimizer.zero_grad()
-    return update_statistics(stats, losses, norms, config.loss.inner_epochs, ranks) | {"lr": lr}
+    return update_statistics(stats, losses, norms, gaps, config.loss.inner_epochs, ranks) | {"lr": lr}
 
 
 def _learning_rate(config: Config, step: int) -> float:
@@ -219,7 +313,7 @@ def _order(n: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed + (epoch << 31))).tolist()
 
 
-def _check(config: Config, ranks: Ranks) -> tuple[Splits, str, Path, Processor]:
+def _check(config: Config, ranks: Ranks) -> tuple[Splits, str, Path, Processor, Limits]:
     """Everything a user may have got wrong, before any work: the same answer on every rank."""
     first, *others = ranks.gather(config)
     for rank, other in enumerate(others, 1):
@@ -229,24 +323,57 @@ def _check(config: Config, ranks: Ranks) -> tuple[Splits, str, Path, Processor]:
     if B % ranks.size:
         raise SharedError(f"rollout.prompts_per_step: want a multiple of the {ranks.size} ranks; got {B}")
 
-    def check() -> tuple[Splits, str, Path, Processor]:
+    def check() -> tuple[Splits, str, Path, Processor, Limits]:
         records = load_records(config.data.path)
         data_hash = records_hash(config.data.path)
         check_folder(config, data_hash)
         model_folder = _model_folder(config.model.path)
         check_model(model_folder)
         processor = load_processor(model_folder, config.data.min_pixels, config.data.max_pixels)
-        for example in records:
-            check_phrase(example, processor)
         names = (config.data.train_split, config.data.curve_split, config.data.test_split)
         train, curve, test = (select(records, name, config.data.path) for name in names)
         if not any(example.boxes for example in train):
             raise ValueError(f"{config.data.path}: want a record with a box in split {names[0]!r}; got none")
         if len({example.patient for example in test}) < 2:
             raise ValueError(f"{config.data.path}: want two patients or more in split {names[2]!r} (shuffled images)")
-        return Splits(train, curve[: config.evaluation.curve_records], test), data_hash, model_folder, processor
+        splits = Splits(train, curve[: config.evaluation.curve_records], test)
+        examples = [example for split in splits for example in split]
+        limits = _limits(config, examples, processor, model_folder, compute_dtype(ranks, config.model.precision))
+        return splits, data_hash, model_folder, processor, limits
 
     return ranks.together(check)
+
+
+def _limits(
+    config: Config, examples: Sequence[Example], processor: Processor, model_folder: Path, dtype: torch.dtype
+) -> Limits:
+    """What decoding and training need, once it is certain that every prompt fits with its completions."""
+    tokens = {example.id: prompt_tokens(example, processor, config.prompt.template) for example in examples}
+    wordy, large = max(tokens, key=lambda name: tokens[name][0]), max(tokens, key=lambda name: tokens[name][1])
+    P = tokens[wordy][0] + tokens[large][1]  # evaluation shows a phrase with other records' images as well
+    told = (
+        f"the longest text takes {tokens[wordy][0]} tokens (record {wordy}), "
+        f"the largest image {tokens[large][1]} (record {large})"
+    )
+    text = AutoConfig.from_pretrained(model_folder, trust_remote_code=False).text_config
+    r = config.rollout
+    if P + r.max_new_tokens > text.max_position_embeddings:
+        raise ValueError(
+            f"data.max_pixels, rollout.max_new_tokens: want a prompt and {r.max_new_tokens} new tokens within the "
+            f"model's context of {text.max_position_embeddings} tokens; {told}"
+        )
+    group = P + r.group_size * r.max_new_tokens
+    if group > config.loss.micro_batch_tokens:
+        raise ValueError(
+            f"loss.micro_batch_tokens: want at least {group}, a prompt and {r.group_size} completions of "
+            f"{r.max_new_tokens} tokens; got {config.loss.micro_batch_tokens}; {told}"
+        )
+    limits = Limits(P, r.max_new_tokens, r.max_rows, r.cache_gb * 1e9, r.prefill_tokens)
+    try:
+        plan_cache(text, dtype, limits, prompts=1, copies=1)
+    except ValueError as error:
+        raise ValueError(f"{error}; {told}") from None
+    return limits
 
 
 def _model_folder(path: str) -> Path:
@@ -263,6 +390,8 @@ def _load(model_folder: Path, config: Config) -> Policy:
     policy.vlm.model.visual.requires_grad_(not config.model.freeze_vision)
     if config.model.gradient_checkpointing:
         policy.vlm.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.model.compile:
+        policy.compile_layers()
     return policy.train()
 
 

@@ -76,7 +76,7 @@ def tiny_job(phantoms: Path, base_folder: Path):
             "rollout.prompts-per-step": 4,
             "rollout.group-size": 4,
             "rollout.max-new-tokens": 24,
-            "loss.micro-batch-groups": 1,
+            "loss.micro-batch-tokens": 250,
             "evaluation.every": 0,
             "evaluation.curve-records": 4,
             # Adam makes rounding noise of tiny gradients as large as this, in an element or two of all

@@ -69,7 +69,7 @@ def start_run(folder, steps=(1, 2, 3, 4)):
         "commit": "abc",
     }
     (run / "environment.json").write_text(json.dumps(environment))
-    rows = [{"step": s, "seconds": 2.0, "seconds_rollout": 1.0, **dict.fromkeys(SERIES, 0.1 * s)} for s in steps]
+    rows = [{"step": s, "seconds": 2.0, "seconds_decode": 1.0, **dict.fromkeys(SERIES, 0.1 * s)} for s in steps]
     write_lines(run / "metrics.jsonl", rows)
     return run, data
 

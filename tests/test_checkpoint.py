@@ -16,8 +16,9 @@ from medground.checkpoint import _LayoutReader, export_policy, load_checkpoint, 
 from medground.datasets.manifest import load_records
 from medground.policy import load_policy
 from medground.prompts import load_processor, make_prompt
-from medground.rollout import roll_out
-from medground.sharding import gathered, join_ranks, shard
+from medground.rollout.cache import Sampling
+from medground.rollout.engine import Engine, Limits
+from medground.sharding import WholeCopy, join_ranks, shard
 
 PLAIN = """
 import json, sys, torch
@@ -53,8 +54,9 @@ def test_the_export_speaks_as_the_policy_does(base_folder: Path, phantoms: Path,
     prompts = [make_prompt(e, Image.open(phantoms / e.image).convert("RGB"), processor, "brief") for e in examples]
     with join_ranks() as ranks:
         policy = shard(moved(base_folder), ranks, "float32")
-        with gathered(policy):
-            groups = roll_out(policy, processor.tokenizer, prompts, copies=1, max_new_tokens=24, temperature=0.0)
+        whole = WholeCopy(policy, ranks, "float32").refresh()
+        engine = Engine(whole, processor.tokenizer, Limits(100, 24, 8, 1e9, 1000))
+        found = dict(engine.roll_out(prompts, count=4, copies=1, sampling=Sampling(0.0)))
         export_policy(tmp_path / "export", policy, base_folder, ranks)
     fields = ("input_ids", "pixel_values", "image_grid_thw")
     torch.save([{name: getattr(p, name) for name in fields} for p in prompts], tmp_path / "prompts.pt")
@@ -64,7 +66,7 @@ def test_the_export_speaks_as_the_policy_does(base_folder: Path, phantoms: Path,
         capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    want = [[g.rollouts[0].tokens.tolist(), g.rollouts[0].text] for g in groups]
+    want = [[g.rollouts[0].tokens.tolist(), g.rollouts[0].text] for _, g in sorted(found.items())]
     assert json.loads(done.stdout.splitlines()[-1]) == want
 
 

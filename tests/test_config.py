@@ -33,6 +33,11 @@ IMPOSSIBLE = {
     "reward.spatial_weight": [-0.1, NAN],
     "reward.threshold": [-0.1, 1.0, NAN],
     "loss.epsilon_low": [-0.1, 1.0, NAN],
+    "rollout.top_k": [-1],
+    "rollout.top_p": [0.0, 1.1, NAN],
+    "rollout.max_rows": [0],
+    "rollout.cache_gb": [0.0, -1.0, NAN],
+    "rollout.prefill_tokens": [0],
     "loss.epsilon_high": [-0.1, NAN],
     "loss.delta": [0.0, NAN],
     "loss.dual_clip": [1.0, NAN],
@@ -41,7 +46,7 @@ IMPOSSIBLE = {
     "loss.sapo_temperature_pos": [0.0, NAN],
     "loss.sapo_temperature_neg": [-1.0, NAN],
     "loss.inner_epochs": [0],
-    "loss.micro_batch_groups": [0],
+    "loss.micro_batch_tokens": [0],
     "optimizer.lr": [0.0, -1e-6, NAN],
     "optimizer.final_lr_fraction": [-0.1, 1.1, NAN],
     "optimizer.warmup_steps": [-1],
@@ -53,7 +58,6 @@ IMPOSSIBLE = {
     "checkpoint.keep": [0],
     "evaluation.every": [-1],
     "evaluation.curve_records": [0],
-    "evaluation.batch_size": [0],
 }
 
 

@@ -18,6 +18,7 @@ from medground.prompts import (
     make_prompt,
     mrope_positions,
     parse_answer,
+    prompt_tokens,
     render_answer,
     to_original,
     to_processed,
@@ -41,6 +42,24 @@ def test_prompt_has_one_placeholder_per_merged_patch(base_folder: Path, size, te
     assert (prompt.processed_width, prompt.processed_height) == (w * 14, h * 14)
     assert prompt.processed_width * prompt.processed_height <= 112 * 112 * 1.2
     assert "small left nodule" in processor.tokenizer.decode(prompt.input_ids)
+
+
+@pytest.mark.parametrize("size", [(56, 56), (200, 40), (33, 500), (1000, 900)])
+def test_tokens_are_counted_without_the_image(base_folder: Path, size):
+    processor = load_processor(base_folder, 28 * 28, 200 * 200)
+    for template in TEMPLATES:
+        prompt = make_prompt(example(*size), Image.new("RGB", size), processor, template)
+        images = int((prompt.input_ids == processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)).sum())
+        assert prompt_tokens(example(*size), processor, template) == (len(prompt.input_ids) - images, images)
+    with pytest.raises(ValueError, match=r"record r: .*aspect ratio"):
+        prompt_tokens(example(9000, 20), processor, "brief")
+
+
+def test_images_are_named_by_their_pixels(base_folder: Path):
+    processor = load_processor(base_folder, 28 * 28, 200 * 200)
+    black, white = (Image.new("RGB", (56, 56), colour) for colour in ("black", "white"))
+    keys = [make_prompt(example(), image, processor, "brief").image_keys for image in (black, white, black.copy())]
+    assert keys[0] == keys[2] != keys[1]
 
 
 def test_positions_are_those_of_transformers(base_folder: Path):

@@ -7,7 +7,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from medground.policy import load_policy
-from medground.sharding import gathered, join_ranks, shard
+from medground.sharding import WholeCopy, join_ranks, shard
 
 
 def test_a_mistake_on_one_rank_is_raised():
@@ -21,22 +21,42 @@ def test_a_mistake_on_one_rank_is_raised():
         assert ranks.gather("x") == ["x"] and ranks.is_first
 
 
-def test_weights_are_whole_inside_and_sharded_outside(base_folder: Path):
+def test_the_whole_copy_follows_the_sharded_weights(base_folder: Path):
     with join_ranks() as ranks:
         policy = shard(load_policy(base_folder), ranks, "float32")
-        assert all(isinstance(p, DTensor) for p in policy.parameters())
-        with gathered(policy):
-            assert not any(isinstance(p, DTensor) for p in policy.parameters())
-            assert not torch.is_grad_enabled()
-        assert all(isinstance(p, DTensor) for p in policy.parameters())
-        with pytest.raises(RuntimeError, match="inside"), gathered(policy):
-            raise RuntimeError("inside")
-        assert all(isinstance(p, DTensor) for p in policy.parameters())
+        whole = WholeCopy(policy, ranks, "float32")
+        places = [p.data_ptr() for p in whole.policy.parameters()]
+        for step in range(2):
+            with torch.no_grad():
+                for parameter in policy.parameters():
+                    parameter.add_(step * 0.1)
+            copy = whole.refresh()
+            ours = dict(copy.named_parameters())
+            for name, parameter in policy.named_parameters():
+                assert isinstance(parameter, DTensor)
+                assert torch.equal(ours[name], parameter.full_tensor()), name
+        assert [p.data_ptr() for p in copy.parameters()] == places
+        assert not any(p.requires_grad for p in copy.parameters()) and not copy.training
+        for name, buffer in policy.named_buffers():
+            assert torch.equal(copy.get_buffer(name), buffer)
 
 
 def test_half_precision_computes_in_half(base_folder: Path):
     with join_ranks() as ranks:
         policy = shard(load_policy(base_folder), ranks, "bfloat16")
         assert all(p.dtype == torch.float32 for p in policy.parameters())
-        with gathered(policy):
-            assert policy.vlm.lm_head.weight.dtype == torch.bfloat16
+        copy = WholeCopy(policy, ranks, "bfloat16").refresh()
+        head = policy.vlm.lm_head.weight.full_tensor()
+        assert copy.vlm.lm_head.weight.dtype == torch.bfloat16
+        assert torch.equal(copy.vlm.lm_head.weight, head.bfloat16())
+        assert all(b.dtype == torch.float32 for b in copy.buffers()), "rotary frequencies lose their meaning in half"
+
+
+def test_tied_weights_stay_tied(base_folder: Path):
+    policy = load_policy(base_folder)
+    policy.vlm.config.tie_word_embeddings = policy.vlm.config.text_config.tie_word_embeddings = True
+    policy.vlm.tie_weights()
+    with join_ranks() as ranks:
+        copy = WholeCopy(shard(policy, ranks, "float32"), ranks, "float32").refresh()
+        assert copy.vlm.lm_head.weight is copy.vlm.model.language_model.embed_tokens.weight
+        assert torch.equal(copy.vlm.lm_head.weight, policy.vlm.lm_head.weight.full_tensor())

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from uneven_update import LARGEST, all_groups, update
 
 from medground.cli import main
-from medground.config import load_config
+from medground.config import LossConfig, load_config
 from medground.records import Example
+from medground.sharding import join_ranks
 from medground.train import _learning_rate, _order, train
 from medground_kernels.linear_grpo import linear_grpo
 
@@ -138,17 +140,44 @@ def test_a_finished_run_can_be_resumed_without_harm(missing: list[str], straight
     assert [file.read_text() for file in files] == texts
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo"])
-def test_the_cut_into_micro_batches_changes_nothing(loss_type: str, tiny_job, tmp_path: Path):
-    for size in (1, 3):
-        changes = {
-            "loss.loss-type": loss_type,
-            "loss.micro-batch-groups": size,
-            "steps": 2,
-            "model.precision": "float32",
-        }
-        train(tiny_job(tmp_path / str(size), **changes))
-    assert_same(tmp_path / "1", tmp_path / "3", atol=1e-5)
+def assert_same_gradient(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    """Weights after a step so large that they are hardly more than their gradient."""
+    total = torch.cat([weight.flatten() for weight in theirs.values()]).norm()
+    assert total > 1000
+    for name, want in theirs.items():
+        assert (ours[name] - want).norm() <= 5e-6 * max(want.norm(), 1e-2 * total), name
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        LossConfig(loss_type="grpo", beta=0.1),
+        LossConfig(loss_type="dr_grpo", beta=0.0, entropy_coef=0.01),
+        LossConfig(loss_type="dapo", ratio_level="sequence", beta=0.0),
+        LossConfig(loss_type="sapo", beta=0.0),
+    ],
+    ids=["grpo", "dr_grpo", "dapo", "sapo"],
+)
+def test_neither_cut_nor_order_changes_the_gradient(loss: LossConfig):
+    items = all_groups()
+    with join_ranks() as ranks:
+        want, stats, _ = update(items, ranks, 10_000, loss)
+        for budget, order in ((LARGEST, items), (250, items[::-1]), (10_000, items[3:] + items[:3])):
+            ours, again, _ = update(order, ranks, budget, loss)
+            assert_same_gradient(ours, want)
+            assert again == pytest.approx(stats, abs=2e-6)
+
+
+def test_nor_does_how_groups_lie_on_ranks(tmp_path: Path):
+    """Rank 0 has nearly all the work, rank 1 hardly an image; groups move, and one rank runs along without any."""
+    done = torchrun(2, str(Path(__file__).with_name("uneven_update.py")), str(tmp_path / "out.pt"))
+    assert done.returncode == 0, done.stderr
+    two = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert two["moved"]
+    with join_ranks() as ranks:
+        want, stats, _ = update(all_groups(), ranks, 10_000, LossConfig(beta=0.1, loss_type="dapo"))
+    assert_same_gradient(two["weights"], want)
+    assert two["statistics"] == pytest.approx(stats, abs=2e-6)
 
 
 def test_records_that_changed_are_not_resumed(straight: Path, tmp_path: Path):
@@ -181,6 +210,29 @@ def test_gradients_that_are_not_finite_stop_the_run(tiny_job, tmp_path: Path, mo
     with pytest.raises(RuntimeError, match="non-finite"):
         train(tiny_job(tmp_path / "run"))
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_old_log_probabilities_may_be_rescored(tiny_job, tmp_path: Path):
+    """On one rank in float32 the training forward says what came with the tokens, to rounding."""
+    for old in ("sampled", "rescored"):
+        changes = {"rollout.old-logp": old, "loss.inner-epochs": 2, "model.precision": "float32"}
+        train(tiny_job(tmp_path / old, steps=2, **changes))
+    assert_same(tmp_path / "sampled", tmp_path / "rescored", atol=1e-5)
+    for row in metrics(tmp_path / "rescored"):
+        assert 0 < row["logp_gap"] <= row["logp_gap_max"] < 1e-5
+    train(tiny_job(tmp_path / "once", steps=2, **{"rollout.old-logp": "rescored"}))
+    assert [row["ratio_max"] for row in metrics(tmp_path / "once")] == [1, 1]
+
+
+def test_a_step_counts_its_tokens_and_seconds(straight: Path):
+    for row in metrics(straight):
+        assert row["slots_filled"] == 1 and row["decode_steps"] < 24  # its 16 rows fit at once
+        assert row["prompt_tokens"] * 3 == row["tokens_avoided"]
+        phases = ("data", "prefill", "decode", "reward", "score", "update")
+        assert sum(row[f"seconds_{phase}"] for phase in phases) == pytest.approx(row["seconds"])
+        tokens = row["completion_tokens"] + row["prompt_tokens"]
+        assert row["update_tokens_per_second"] == pytest.approx(tokens / row["seconds_update"])
+    assert [row["seconds_checkpoint"] > 1e-3 for row in metrics(straight)] == [False, False, True, False, True]
 
 
 def test_a_frozen_vision_tower_stays(tiny_job, tmp_path: Path, base_folder: Path):
@@ -258,6 +310,13 @@ def test_faulty_records(fault: str, phantoms: Path, base_folder: Path, tmp_path:
         ({"--rollout.temperature": "0"}, "rollout.temperature"),
         ({"--model.path": "no/such/model/folder"}, "model.path: want a model folder or a name on the hub"),
         ({"--optimizer.lr": "-1"}, "optimizer.lr"),
+        ({"--rollout.max-new-tokens": "200000"}, "want a prompt and 200000 new tokens within the model's context of "),
+        ({"--data.min-pixels": "60000000", "--data.max-pixels": "60000000"}, "the largest image 76"),
+        (
+            {"--loss.micro-batch-tokens": "300"},
+            "loss.micro_batch_tokens: want at least 542, a prompt and 8 completions of 64 tokens; got 300; the longest",
+        ),
+        ({"--rollout.cache-gb": "1e-5"}, "rollout.cache_gb: want at least "),
     ],
 )
 def test_impossible_values(changes, named, phantoms: Path, base_folder: Path, tmp_path: Path, capsys):
