@@ -81,9 +81,13 @@ lint: setup
 types: setup $(LINK)
 	$(VENV)/bin/mypy -p medground -p medground_kernels
 
+# what TRL's trainer imports beyond .venv; named one by one, since pip would bring another torch and transformers along
+TRL_NEEDS := accelerate==1.15.0 psutil==7.2.2 datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19 pandas==3.1.1 \
+	python-dateutil==4.0.0 tzdata==2026.6 pyarrow==26.0.1 xxhash==4.1.0
+
 # beside ours in benchmarks; apart from .venv, so that nothing of theirs is ever imported elsewhere
 peers: | setup
-	$(PIP) install -q --no-deps --target $@ trl==1.16.0 liger-kernel==0.8.5 cut-cross-entropy==25.1.1
+	$(PIP) install -q --no-deps --target $@ trl==1.16.0 liger-kernel==0.8.5 cut-cross-entropy==25.1.1 $(TRL_NEEDS)
 
 bench: export PYTHONPATH := $(CURDIR)/peers$(if $(PYTHONPATH),:$(PYTHONPATH))
 bench: setup

@@ -68,6 +68,7 @@ def calls() -> Iterator[Call]:
         yield from _calls_over_vocabulary(name, H, V)
     for name, (Hq, Hkv, D) in HEADS.items():
         yield _decode_call(name, Hq, Hkv, D)
+        yield _fold_call(name, Hkv, D)
     yield from _grpo_calls()
     yield from _reward_calls()
 
@@ -100,6 +101,15 @@ def _decode_call(name: str, Hq: int, Hkv: int, D: int) -> Call:
     args |= {"prefix_lengths": torch.empty(A, dtype=torch.int32), "suffix_lengths": torch.empty(R, dtype=torch.int32)}
     args |= {"members": torch.empty(A, R // A, dtype=torch.int64), "places": torch.empty(R, dtype=torch.int64)}
     return Call("prefix_decode.prefix_decode", f"{name}, R {R}, A {A}, P {PREFIX}, C {C}, Hq {Hq}, D {D}", args)
+
+
+def _fold_call(name: str, Hkv: int, D: int) -> Call:
+    """Of prefix_attention the one part that is ours: the attention itself would ask for a GPU."""
+    tokens, copies = A * (PREFIX + G * C), A * (PREFIX + G * (PREFIX + C))
+    sizes = {"source": copies, "readers": copies, "starts": tokens + 1}
+    rows = _module("varlen_attention").Rows(**{key: torch.empty(n, dtype=torch.int64) for key, n in sizes.items()})
+    grad = _leaf(copies, Hkv, D).detach()
+    return Call("prefix_attention._fold", f"{name}, T {tokens}, K {copies}, Hkv {Hkv}", {"grad": grad, "rows": rows})
 
 
 def _grpo_variants() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:

@@ -50,22 +50,43 @@ def prefix_decode_reference(
 
 
 @jit
+def _in_d(real, D: tl.constexpr, WIDTH: tl.constexpr):
+    """The mask [rows, WIDTH] of rows that are real and columns below D."""
+    mask = real[:, None]
+    if D < WIDTH:
+        mask = mask & (tl.arange(0, WIDTH) < D)[None, :]
+    return mask
+
+
+@jit
 def _fold_keys(
-    q, k_ptr, v_ptr, k_stride, v_stride, count, rate, peak, total, acc, D: tl.constexpr, BLOCK_N: tl.constexpr
+    q,
+    k_ptr,
+    v_ptr,
+    k_stride,
+    v_stride,
+    count,
+    rate,
+    peak,
+    total,
+    acc,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """Fold `count` keys and values from the pointers on into a running maximum (of log2), sum and weighted sum."""
-    lanes, d = tl.arange(0, BLOCK_N).to(tl.int64), tl.arange(0, D)
+    lanes, d = tl.arange(0, BLOCK_N).to(tl.int64), tl.arange(0, WIDTH)
     for start in range(0, count, BLOCK_N):
         real = lanes < count - start
         # beyond the last key a cache may hold anything, NaN too
-        k = tl.load(k_ptr + (lanes * k_stride)[:, None] + d[None, :], mask=real[:, None], other=0.0)
+        k = tl.load(k_ptr + (lanes * k_stride)[:, None] + d[None, :], mask=_in_d(real, D, WIDTH), other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * rate
         scores = tl.where(real[None, :], scores, -float("inf"))
         new_peak = tl.maximum(peak, tl.max(scores, 1))
         shrink = tl.exp2(peak - new_peak)
         p = tl.exp2(scores - new_peak[:, None])
         total = total * shrink + tl.sum(p, 1)
-        v = tl.load(v_ptr + (lanes * v_stride)[:, None] + d[None, :], mask=real[:, None], other=0.0)
+        v = tl.load(v_ptr + (lanes * v_stride)[:, None] + d[None, :], mask=_in_d(real, D, WIDTH), other=0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         peak = new_peak
         k_ptr += BLOCK_N * k_stride
@@ -77,7 +98,7 @@ def _fold_keys(
 def _prefix_kernel(
     q_ptr, k_ptr, v_ptr, lengths_ptr, members_ptr, partial_ptr, lse_ptr,
     q_stride, k_stride, v_stride, M, tiles, splits, split_keys, rate,
-    REP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    REP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
     # int64: a cache of all layers passes 2**31 elements
     group = (tl.program_id(0) // tiles).to(tl.int64)
@@ -90,52 +111,54 @@ def _prefix_kernel(
     first = split * split_keys
     count = tl.minimum(tl.load(lengths_ptr + group) - first, split_keys)
     if (count > 0) & (tl.max(row, 0) >= 0):
-        d = tl.arange(0, D)
+        d = tl.arange(0, WIDTH)
         head = kv_head * REP + (first_query + lanes) % REP
         at = row * q_stride[0] + head * q_stride[1]
-        q = tl.load(q_ptr + at[:, None] + d[None, :], mask=(row >= 0)[:, None], other=0.0)
+        q = tl.load(q_ptr + at[:, None] + d[None, :], mask=_in_d(row >= 0, D, WIDTH), other=0.0)
         peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
-        acc = tl.zeros([BLOCK_M, D], tl.float32)
+        acc = tl.zeros([BLOCK_M, WIDTH], tl.float32)
         k_ptr += group * k_stride[0] + kv_head * k_stride[1] + first.to(tl.int64) * k_stride[2]
         v_ptr += group * v_stride[0] + kv_head * v_stride[1] + first.to(tl.int64) * v_stride[2]
         peak, total, acc = _fold_keys(
-            q, k_ptr, v_ptr, k_stride[2], v_stride[2], count, rate, peak, total, acc, D, BLOCK_N
+            q, k_ptr, v_ptr, k_stride[2], v_stride[2], count, rate, peak, total, acc, D, WIDTH, BLOCK_N
         )
         at = ((group * tl.num_programs(1) + kv_head) * splits + split) * M * REP + first_query
         real = lanes < M * REP - first_query
         tl.store(lse_ptr + at + lanes, peak + tl.log2(total), mask=real)
-        tl.store(partial_ptr + at * D + (lanes * D)[:, None] + d[None, :], acc / total[:, None], mask=real[:, None])
+        tl.store(
+            partial_ptr + at * D + (lanes * D)[:, None] + d[None, :], acc / total[:, None], mask=_in_d(real, D, WIDTH)
+        )
 
 
 @jit(do_not_specialize=["C", "M", "splits", "split_keys"])
 def _suffix_kernel(
     q_ptr, k_ptr, v_ptr, cache_k_ptr, cache_v_ptr, lengths_ptr, places_ptr, prefix_lengths_ptr, partial_ptr, lse_ptr,
     out_ptr, q_stride, k_stride, v_stride, cache_k_stride, cache_v_stride, C, M, splits, split_keys, rate,
-    REP: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, BLOCK_N: tl.constexpr
+    REP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1).to(tl.int64)
     length = tl.load(lengths_ptr + row)
     if length < C:
-        d, lanes = tl.arange(0, D), tl.arange(0, HEADS)
+        d, lanes = tl.arange(0, WIDTH), tl.arange(0, HEADS)
         head = kv_head * REP + lanes
         real = lanes < REP
         at = row * q_stride[0] + head * q_stride[1]
-        q = tl.load(q_ptr + at[:, None] + d[None, :], mask=real[:, None], other=0.0)
-        k = tl.load(k_ptr + row * k_stride[0] + kv_head * k_stride[1] + d)
-        v = tl.load(v_ptr + row * v_stride[0] + kv_head * v_stride[1] + d)
+        q = tl.load(q_ptr + at[:, None] + d[None, :], mask=_in_d(real, D, WIDTH), other=0.0)
+        k = tl.load(k_ptr + row * k_stride[0] + kv_head * k_stride[1] + d, mask=d < D, other=0.0)
+        v = tl.load(v_ptr + row * v_stride[0] + kv_head * v_stride[1] + d, mask=d < D, other=0.0)
         cache_k_ptr += row * cache_k_stride[0] + kv_head * cache_k_stride[1]
         cache_v_ptr += row * cache_v_stride[0] + kv_head * cache_v_stride[1]
-        tl.store(cache_k_ptr + length.to(tl.int64) * cache_k_stride[2] + d, k)
-        tl.store(cache_v_ptr + length.to(tl.int64) * cache_v_stride[2] + d, v)
+        tl.store(cache_k_ptr + length.to(tl.int64) * cache_k_stride[2] + d, k, mask=d < D)
+        tl.store(cache_v_ptr + length.to(tl.int64) * cache_v_stride[2] + d, v, mask=d < D)
         # the new token comes first, so that the running maximum is finite from the start
         peak = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], 1) * rate
         total = tl.full([HEADS], 1.0, tl.float32)
-        acc = tl.zeros([HEADS, D], tl.float32) + v.to(tl.float32)[None, :]
+        acc = tl.zeros([HEADS, WIDTH], tl.float32) + v.to(tl.float32)[None, :]
         peak, total, acc = _fold_keys(
             q, cache_k_ptr, cache_v_ptr, cache_k_stride[2], cache_v_stride[2], length, rate, peak, total, acc,
-            D, BLOCK_N
+            D, WIDTH, BLOCK_N
         )  # fmt: skip
         place = tl.load(places_ptr + row)
         group = place // M
@@ -144,7 +167,7 @@ def _suffix_kernel(
         partial_ptr += at * D
         for _ in range(0, tl.cdiv(tl.load(prefix_lengths_ptr + group), split_keys)):
             lse = tl.load(lse_ptr + lanes, mask=real, other=-float("inf"))
-            partial = tl.load(partial_ptr + (lanes * D)[:, None] + d[None, :], mask=real[:, None], other=0.0)
+            partial = tl.load(partial_ptr + (lanes * D)[:, None] + d[None, :], mask=_in_d(real, D, WIDTH), other=0.0)
             new_peak = tl.maximum(peak, lse)
             shrink = tl.exp2(peak - new_peak)
             weight = tl.exp2(lse - new_peak)
@@ -154,7 +177,7 @@ def _suffix_kernel(
             lse_ptr += M * REP
             partial_ptr += M * REP * D
         at = row * tl.num_programs(1) * REP + head
-        tl.store(out_ptr + (at * D)[:, None] + d[None, :], acc / total[:, None], mask=real[:, None])
+        tl.store(out_ptr + (at * D)[:, None] + d[None, :], acc / total[:, None], mask=_in_d(real, D, WIDTH))
 
 
 def _launch(
@@ -163,10 +186,11 @@ def _launch(
     R, Hq, D = q.shape
     A, Hkv, P, _ = prefix_k.shape
     M, rep = members.shape[1], Hq // Hkv
-    if D not in (16, 32, 64, 128, 256):
-        raise ValueError(f"want D a power of two from 16 to 256; got {D}")
+    if D > 256:
+        raise ValueError(f"want D up to 256; got {D}")
+    WIDTH = max(next_power_of_2(D), 16)
     BLOCK_M = min(max(next_power_of_2(M * rep), 16), MOST_QUERIES[q.dtype])
-    BLOCK_N = min(max(KEY_BYTES // (D * q.element_size()), 16), 64)
+    BLOCK_N = min(max(KEY_BYTES // (WIDTH * q.element_size()), 16), 64)
     tiles = cdiv(M * rep, BLOCK_M)
     split_keys = max(cdiv(P, cdiv(PROGRAMS, A * tiles * Hkv)), LEAST_KEYS)
     split_keys = cdiv(split_keys, BLOCK_N) * BLOCK_N
@@ -178,13 +202,13 @@ def _launch(
     _prefix_kernel[(A * tiles, Hkv, splits)](
         q, prefix_k, prefix_v, prefix_lengths, members, partial, lse,
         q.stride(), prefix_k.stride(), prefix_v.stride(), M, tiles, splits, split_keys, rate,
-        REP=rep, D=D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=8 if BLOCK_M * D >= 8192 else 4
+        REP=rep, D=D, WIDTH=WIDTH, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=8 if BLOCK_M * WIDTH >= 8192 else 4
     )  # fmt: skip
     _suffix_kernel[(R, Hkv)](
         q, k, v, suffix_k, suffix_v, suffix_lengths, places, prefix_lengths, partial, lse, out,
         q.stride(), k.stride(), v.stride(), suffix_k.stride(), suffix_v.stride(),
         suffix_k.shape[2], M, splits, split_keys, rate,
-        REP=rep, D=D, HEADS=max(next_power_of_2(rep), 16), BLOCK_N=BLOCK_N, num_warps=4
+        REP=rep, D=D, WIDTH=WIDTH, HEADS=max(next_power_of_2(rep), 16), BLOCK_N=BLOCK_N, num_warps=4
     )  # fmt: skip
     return out
 
@@ -246,7 +270,7 @@ def prefix_decode(
 
     Args:
         q: [R, Hq, D], float32, bfloat16 or float16, queries of each row's new token, after rotation. On CUDA,
-            D is a power of two from 16 to 256.
+            D is at most 256; best a power of two.
         k: [R, Hkv, D], its keys; Hq is a multiple of Hkv, and rep = Hq / Hkv heads in a row ask the same keys.
         v: [R, Hkv, D], its values.
         prefix_k: [A, Hkv, P, D], keys of A groups' prefixes.

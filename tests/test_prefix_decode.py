@@ -230,15 +230,14 @@ def test_it_has_no_gradient():
 
 
 def test_head_sizes(path):
-    for D in (24, 8, 512):
-        inputs = make(2, 1, D, [[0]], ([5], 7), ([2], 4))
-        if path == "torch":
-            assert_right(inputs)
-        else:
-            with pytest.raises(ValueError, match=f"power of two from 16 to 256; got {D}"):
-                prefix_decode(**inputs)
-    for D in (128, 256):
-        assert_right(make(2, 1, D, [[0]], ([5], 7), ([2], 4)))
+    for D in (8, 24, 80, 128, 256):
+        assert_right(make(4, 2, D, [[1, 0], [2]], ([70, 65], 80), ([3, 20, 16], 24)))
+    inputs = make(2, 1, 264, [[0]], ([5], 7), ([2], 4))
+    if path == "torch":
+        assert_right(inputs)
+    else:
+        with pytest.raises(ValueError, match="want D up to 256; got 264"):
+            prefix_decode(**inputs)
 
 
 @pytest.mark.parametrize(
