@@ -8,6 +8,7 @@ stream gives the log-probabilities and gradients of G rows [prompt | completion]
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -22,13 +23,13 @@ if TYPE_CHECKING:
 
 
 class Packed(NamedTuple):
-    """B groups as one stream of T tokens; on the device, but for `image_grid_thw`.
+    """B groups as one stream of T tokens, on the device.
 
     Attributes:
         input_ids: [T], int64.
         position_ids: [3, T], int64, of the M-RoPE (time, height, width).
         pixel_values: [patches, patch_features], float32, each distinct image once.
-        image_grid_thw: [images, 3], int64, on the CPU, where its sizes are needed.
+        image_grids: patches of each distinct image along time, height and width; numbers, for which nothing waits.
         image_at: [n], int64, where image tokens stand in the stream; never in a completion.
         image_from: [n], int64, their rows among the features of all images.
         ends: [B], int64, the last token of each prompt.
@@ -41,7 +42,7 @@ class Packed(NamedTuple):
     input_ids: Tensor
     position_ids: Tensor
     pixel_values: Tensor
-    image_grid_thw: Tensor
+    image_grids: list[list[int]]
     image_at: Tensor
     image_from: Tensor
     ends: Tensor
@@ -78,10 +79,10 @@ def _pack(
     ids, positions, ends, scored, image_at, image_from = [], [], [], [], [], []
     start = 0
     for prompt, tokens in zip(prompts, completions, strict=True):
-        P, lengths = len(prompt.input_ids), [len(c) for c in tokens]
-        own = torch.cat(list(tokens)) if tokens else prompt.input_ids.new_empty(0)
-        firsts = torch.tensor(lengths, dtype=torch.int64).cumsum(0) - torch.tensor(lengths, dtype=torch.int64)
-        within = torch.arange(len(own)) - firsts.repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
+        P, lengths = len(prompt.input_ids), torch.tensor([len(c) for c in tokens], dtype=torch.int64)
+        own = torch.cat([prompt.input_ids[:0], *tokens])
+        firsts = lengths.cumsum(0) - lengths
+        within = torch.arange(len(own)) - firsts.repeat_interleave(lengths)
         following = prompt.position_ids.max() + 1 + within
         ids += [prompt.input_ids, own]
         positions += [prompt.position_ids, following.expand(3, -1)]
@@ -98,45 +99,35 @@ def _pack(
         image_at.append(places + start)
         image_from += rows
         start += P + len(own)
-    lengths = [len(c) for tokens in completions for c in tokens]
-    packed = Packed(
-        input_ids=torch.cat(ids),
-        position_ids=torch.cat(positions, 1),
-        pixel_values=pixels,
-        image_grid_thw=grids,
-        image_at=torch.cat(image_at),
-        image_from=torch.cat(image_from) if image_from else image_at[0].new_empty(0),
-        ends=torch.tensor(ends),
-        scored=torch.cat(scored),
-        targets=torch.cat([c for tokens in completions for c in tokens] or [torch.empty(0, dtype=torch.int64)]),
-        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
-        layout=prefix_layout(
-            [(len(p.input_ids), [len(c) for c in tokens]) for p, tokens in zip(prompts, completions, strict=True)],
-            device,
-        ),
-    )
-    return Packed(
-        *(
-            value.to(device, non_blocking=True) if name not in ("image_grid_thw", "layout") else value
-            for name, value in packed._asdict().items()
-        )
-    )
+    targets = [c for tokens in completions for c in tokens]
+    tensors = {
+        "input_ids": torch.cat(ids),
+        "position_ids": torch.cat(positions, 1),
+        "pixel_values": pixels,
+        "image_at": torch.cat(image_at),
+        "image_from": torch.cat([image_at[0][:0], *image_from]),
+        "ends": torch.tensor(ends),
+        "scored": torch.cat(scored),
+        "targets": torch.cat([ids[0][:0], *targets]),
+        "cu_seqlens": torch.tensor([0, *map(len, targets)]).cumsum(0).int(),
+    }
+    moved = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
+    sizes = [(len(p.input_ids), [len(c) for c in tokens]) for p, tokens in zip(prompts, completions, strict=True)]
+    return Packed(**moved, image_grids=grids, layout=prefix_layout(sizes, device))
 
 
-def _distinct_images(prompts: Sequence[Prompt], merged: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def _distinct_images(prompts: Sequence[Prompt], merged: int) -> tuple[Tensor, list[list[int]], dict[str, Tensor]]:
     """Patches and grids of each distinct image, and the rows of its features by its key."""
     pixels, grids, rows = [], [], {}
     row = 0
     for prompt in prompts:
         patch = 0
-        for key, grid in zip(prompt.image_keys, prompt.image_grid_thw, strict=True):
-            patches = int(grid.prod())
+        for key, grid in zip(prompt.image_keys, prompt.image_grid_thw.tolist(), strict=True):
+            patches = math.prod(grid)
             if key not in rows:
                 rows[key] = torch.arange(row, row + patches // merged)
                 pixels.append(prompt.pixel_values[patch : patch + patches])
                 grids.append(grid)
                 row += patches // merged
             patch += patches
-    if not pixels:
-        return prompts[0].pixel_values[:0], prompts[0].image_grid_thw[:0], rows
-    return torch.cat(pixels), torch.stack(grids), rows
+    return torch.cat(pixels) if pixels else prompts[0].pixel_values[:0], grids, rows

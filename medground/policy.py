@@ -186,20 +186,20 @@ class Policy(nn.Module):
     def _embed(self, packed: Packed) -> Tensor:
         """Embeddings [T, H] of the stream, features of the images in their places."""
         embeds = self.vlm.model.get_input_embeddings()(packed.input_ids)
-        if not len(packed.image_grid_thw):
+        if not packed.image_grids:
             # under FSDP2 every rank has to run the vision tower: one image of zeros, which changes nothing
             config = self.vlm.config.vision_config
             merge = config.spatial_merge_size
             size = config.in_channels * config.temporal_patch_size * config.patch_size**2
-            features = self._see(embeds.new_zeros(merge**2, size), torch.tensor([[1, merge, merge]]))
+            features = self._see(embeds.new_zeros(merge**2, size), [[1, merge, merge]])
             return embeds + 0 * features.sum()
-        features = self._see(packed.pixel_values, packed.image_grid_thw)[packed.image_from]
+        features = self._see(packed.pixel_values, packed.image_grids)[packed.image_from]
         return embeds.index_copy(0, packed.image_at, features.to(embeds.dtype))
 
-    def _see(self, pixels: Tensor, grids: Tensor) -> Tensor:
+    def _see(self, pixels: Tensor, sizes: list[list[int]]) -> Tensor:
         """Features [rows, H] of images; what their sizes alone decide is worked out on the CPU, so nothing waits."""
         visual, device = self.vlm.model.visual, pixels.device
-        merge = visual.spatial_merge_size
+        merge, grids = visual.spatial_merge_size, torch.tensor(sizes)
         whole = get_vision_cu_seqlens(grids)
         order, windows = get_vision_window_index(grids, merge, visual.window_size, visual.patch_size)
         plans = [varlen_plan(cu.diff().tolist(), cu.diff().tolist(), device, causal=False) for cu in (whole, windows)]

@@ -18,7 +18,7 @@ TINY = {"films": 100, "size": 56, "steps": 100, "batch_size": 16, "lr": 4e-3}
 def prompt(phrase: str, boxes) -> Prompt:
     example = Example("r", "", 112, 112, phrase, boxes, "nodule", "p", "s", "phantom", "train")
     none = torch.empty(0)
-    return Prompt(example, none, none, none, none, 112, 112)
+    return Prompt(example, none, none, none, none, (), 112, 112)
 
 
 def test_most_one_sided_boxes_are_mirrored():

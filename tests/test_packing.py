@@ -90,7 +90,7 @@ def test_a_shared_image_is_seen_once():
     other = made_prompt("b", [2, 5], [(2, 3)], seed=1)
     groups = [made_group(p, [2, 3], seed=i) for i, p in enumerate((shared, other, shared))]
     packed = pack(groups, CONFIG, DEVICE)
-    assert packed.image_grid_thw.tolist() == [[1, 6, 8], [1, 4, 6]] and len(packed.pixel_values) == 48 + 24
+    assert packed.image_grids == [[1, 6, 8], [1, 4, 6]] and len(packed.pixel_values) == 48 + 24
     assert packed.image_from.tolist() == [*range(12), *range(12, 18), *range(12)]
     want = unpacked_logp(VLM, pad_rows(groups, IMAGE, DEVICE), 1.0)
     torch.testing.assert_close(POLICY(packed, 1.0).logp, want, atol=5e-6, rtol=0)

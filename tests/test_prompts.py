@@ -132,7 +132,7 @@ def test_boxes_come_back_from_the_processed_image(width, height, columns, rows, 
     from medground.records import Prompt
 
     none = torch.empty(0)
-    prompt = Prompt(example(width, height), none, none, none, none, columns * 28, rows * 28)
+    prompt = Prompt(example(width, height), none, none, none, none, (), columns * 28, rows * 28)
     x1, x2 = sorted(c * width for c in corners[:2])
     y1, y2 = sorted(c * height for c in corners[2:])
     back = to_original(to_processed((x1, y1, x2, y2), prompt), prompt)
@@ -143,7 +143,7 @@ def test_boxes_outside_the_image_are_clipped_to_it():
     from medground.records import Prompt
 
     none = torch.empty(0)
-    prompt = Prompt(example(100, 80), none, none, none, none, 112, 84)
+    prompt = Prompt(example(100, 80), none, none, none, none, (), 112, 84)
     assert to_original((-5, -1e9, 200, 1e30), prompt) == (0, 0, 100, 80)
 
 

@@ -75,6 +75,8 @@ class Cache:
         self._stopped = torch.zeros(slots, dtype=torch.bool, device=device)
         self._banned, self._stop = torch.tensor(banned, device=device), torch.tensor(stop, device=device)
         self._graphs: dict[tuple[int, Sampling], torch.cuda.CUDAGraph] = {}
+        # graphs run one after another: they may share the memory of what lies between
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     @property
     def nbytes(self) -> int:
@@ -201,7 +203,7 @@ class Cache:
                     self._step(rows, self.shape.berths, sampling)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=self._pool):
                 self._step(rows, self.shape.berths, sampling)
             for state, old in zip(changing, before, strict=True):
                 state.copy_(old)

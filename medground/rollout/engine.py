@@ -98,6 +98,7 @@ class Engine:
         self._cache: Cache | None = None
         self.stats = RolloutStats()
 
+    @torch.inference_mode()  # which a generator leaves whenever it yields
     def roll_out(
         self,
         prompts: Iterable[Prompt],
@@ -129,9 +130,8 @@ class Engine:
         """
         self.stats = RolloutStats()
         if count:
-            with torch.no_grad():
-                run = _Run(self, self._cache_for(count, copies), prompts, copies, sampling, f"{seed}/{step}", bar)
-                yield from run.groups()
+            run = _Run(self, self._cache_for(count, copies), prompts, copies, sampling, f"{seed}/{step}", bar)
+            yield from run.groups()
 
     def _cache_for(self, prompts: int, copies: int) -> Cache:
         weight = self.policy.vlm.lm_head.weight
