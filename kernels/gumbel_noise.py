@@ -32,8 +32,8 @@ def gumbel_noise(seeds: Tensor, step: int | Tensor, V: int, dtype: torch.dtype =
         [R, V], `dtype`, between -2.9 and 16.7.
     """
     quads = torch.arange(cdiv(V, 4), device=seeds.device)[None]
-    zero = torch.zeros_like(quads)
     steps = step[:, None] if isinstance(step, Tensor) else torch.full_like(quads, step)
+    zero = torch.zeros_like(quads)
     words = _philox(quads, steps, zero, zero, seeds[:, None])
     u = _uniform(torch.stack(words, -1).flatten(1)[:, :V]).to(dtype)
     return -(-u.log()).log()
@@ -45,14 +45,16 @@ def _uniform(bits: Tensor) -> Tensor:
     return ((bits >> 9).float() + 0.5) * 2.0**-23
 
 
-def _philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tensor) -> list[Tensor]:
+def _philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tensor) -> tuple[Tensor, ...]:
     """Ten rounds of Philox-4x32 in int64 arithmetic, whose products wrap as uint64 ones do."""
-    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
-    for _ in range(10):
+    rounds = torch.arange(10, device=seed.device)[:, None, None]
+    k0, k1 = (seed + rounds * 0x9E3779B9) & _MASK, ((seed >> 32) + rounds * 0xBB67AE85) & _MASK
+    for i in range(10):
         p0, p2 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = (p2 >> 32) & _MASK ^ c1 ^ k0, p2 & _MASK, (p0 >> 32) & _MASK ^ c3 ^ k1, p0 & _MASK
-        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
-    return [word.expand(len(seed), -1) for word in (c0, c1, c2, c3)]
+        # the lower halves c1 and c3 keep their upper bits, which the mask takes away once they are mixed in
+        c0, c2 = ((p2 >> 32) ^ c1 ^ k0[i]) & _MASK, ((p0 >> 32) ^ c3 ^ k1[i]) & _MASK
+        c1, c3 = p2, p0
+    return c0, c1 & _MASK, c2, c3 & _MASK
 
 
 @jit

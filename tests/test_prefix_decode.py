@@ -180,13 +180,14 @@ def test_steps_are_attention_over_the_whole_sequence():
         assert (got - whole).abs().max() < 2e-6
 
 
+@pytest.mark.parametrize("first", [[2, 0], [0, 2]])
 @pytest.mark.parametrize("lengths", [[4, 20, 4, 0], [20, 25, 20, 19], [7, 21, 7, 7]])
-def test_idle_rows_do_not_disturb_others(lengths):
-    inputs = make(4, 2, 16, [[2, 0], [3, 1]], ([40, 33], 40), (lengths, 20))
+def test_idle_rows_do_not_disturb_others(lengths, first):
+    inputs = make(4, 2, 16, [first, [3, 1]], ([40, 33], 40), (lengths, 20))
     idle = inputs["suffix_lengths"] >= 20
     for name in ("q", "k", "v", "suffix_k", "suffix_v"):
         inputs[name][idle] = torch.nan
-    # an idle row may belong to a group or to none
+    # an idle row may belong to a group or to none, and then shares its place with a row before or behind it
     inputs["members"][1, 1] = -1
     inputs["places"][1] = 0
     ours, truth = run(prefix_decode, inputs), run(prefix_decode_reference, inputs, torch.float64)
