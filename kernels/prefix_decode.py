@@ -22,8 +22,6 @@ KEY_BYTES = 8192  # of the keys that a program reads at a time, and of the value
 LEAST_KEYS = 128  # of a split
 PROGRAMS = 2 * 132  # two for each of an H100's processors
 
-_LEAST = torch.finfo(torch.float32).min  # a score that takes no part
-
 _WANTED = (
     "want q [R, Hq, D], k, v [R, Hkv, D], prefix_k, prefix_v [A, Hkv, P, D], prefix_lengths [A], suffix_k, suffix_v "
     "[R, Hkv, C, D], suffix_lengths [R], members [A, M], places [R], Hq a multiple of Hkv, nothing but R 0"
@@ -215,6 +213,22 @@ def _launch(
     return out
 
 
+def _attend(q, k, v, lengths, least, most):
+    """softmax(q k.T) v over the first lengths [B] of the keys [B, Hkv, L, D], and the log-sum-exp of q k.T."""
+    most = max(most, 1)
+    k, v = k[:, :, :most].float(), v[:, :, :most].float()
+    scores = q @ k.mT
+    if least < most:
+        unused = (torch.arange(most, device=q.device) >= lengths[:, None])[:, None, None]
+        scores.masked_fill_(unused, torch.finfo(torch.float32).min)
+    p = scores.softmax(-1)
+    out = p @ v
+    if least < most and not out.isfinite().all():
+        # 0 * NaN is NaN: only now, since it copies the values
+        out = p @ v.masked_fill(unused.mT, 0.0)
+    return out, scores.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log_()
+
+
 def _decode_torch(
     q, k, v, prefix_k, prefix_v, prefix_lengths, suffix_k, suffix_v, suffix_lengths, members, places, scale
 ):  # fmt: skip
@@ -222,52 +236,27 @@ def _decode_torch(
     A, Hkv, P, _ = prefix_k.shape
     C = suffix_k.shape[2]
     M, rep = members.shape[1], Hq // Hkv
-    used = torch.where(suffix_lengths < C, suffix_lengths + 1, 0)
+    used = (suffix_lengths + 1) * (suffix_lengths < C)
     least, most = map(int, used.aminmax())
-    for cache, token in (suffix_k, k), (suffix_v, v):
-        if least == most > 0:
-            cache[:, :, most - 1] = token
-        else:
-            rows = used.nonzero()[:, 0]
-            cache[rows, :, used[rows] - 1] = token[rows]
-    shortest, longest = map(int, prefix_lengths.aminmax())
-    if longest > P:
-        raise ValueError(f"want prefix_lengths up to P = {P}; got {longest}")
-    prefix_k, prefix_v = prefix_k[:, :, :longest].float(), prefix_v[:, :, :longest].float()
-    suffix_k, suffix_v = suffix_k[:, :, :most].float(), suffix_v[:, :, :most].float()
-    own = (q.float() * scale).view(R, Hkv, rep, D)
-    own_scores = own @ suffix_k.mT
-    unused = torch.arange(most) >= used[:, None] if least < most else None
-    if unused is not None:
-        own_scores.masked_fill_(unused[:, None, None], _LEAST)
-    # [A, Hkv, M, rep, ..]: one softmax over both parts. A member of -1 takes the last row's, and no row the result
-    scores = own.new_empty(A, Hkv, M, rep, longest + most)
-    scores[..., longest:] = own_scores[members].transpose(1, 2)
-    grid = own[members].transpose(1, 2).reshape(A, Hkv, M * rep, D)
-    scores[..., :longest] = (grid @ prefix_k.mT).view(A, Hkv, M, rep, longest)
-    beyond = torch.arange(longest) >= prefix_lengths[:, None] if shortest < longest else None
-    if beyond is not None:
-        scores[..., :longest].masked_fill_(beyond[:, None, None, None], _LEAST)
-    p = scores.softmax(-1)
-    own_p = _rows(p[..., longest:], places)
-    grid_p = p[..., :longest].flatten(2, 3)
-
-    def weighted(prefix_v, suffix_v):
-        return _rows((grid_p @ prefix_v).view(A, Hkv, M, rep, D), places) + own_p @ suffix_v
-
-    out = weighted(prefix_v, suffix_v)
-    if (unused is not None or beyond is not None) and not out.isfinite().all():
-        # 0 * NaN is NaN: only now, since it copies the values
-        out = weighted(
-            prefix_v if beyond is None else prefix_v.masked_fill(beyond[:, None, :, None], 0.0),
-            suffix_v if unused is None else suffix_v.masked_fill(unused[:, None, :, None], 0.0),
-        )
+    if least == most > 0:
+        suffix_k[:, :, most - 1], suffix_v[:, :, most - 1] = k, v
+    else:
+        rows = used.nonzero()[:, 0]
+        last = used[rows] - 1
+        suffix_k[rows, :, last], suffix_v[rows, :, last] = k[rows], v[rows]
+    q = q.float() * scale
+    suffix, suffix_lse = _attend(q.view(R, Hkv, rep, D), suffix_k, suffix_v, used, least, most)
+    least, most = map(int, prefix_lengths.aminmax())
+    if most > P:
+        raise ValueError(f"want prefix_lengths up to P = {P}; got {most}")
+    # -1 takes the last row's queries, and no row the result
+    grid = q[members].view(A, M, Hkv, rep, D).transpose(1, 2).reshape(A, Hkv, M * rep, D)
+    prefix, prefix_lse = (
+        part.view(A, Hkv, M, rep, -1).transpose(1, 2).reshape(A * M, Hkv, rep, -1)[places]
+        for part in _attend(grid, prefix_k, prefix_v, prefix_lengths, least, most)
+    )
+    out = suffix.lerp(prefix, (prefix_lse - suffix_lse).sigmoid_())
     return out.reshape(R, Hq, D).to(k.dtype)
-
-
-def _rows(grid, places):
-    """[A, Hkv, M, rep, X] by group -> [R, Hkv, rep, X] by row."""
-    return grid.transpose(1, 2).flatten(0, 1)[places]
 
 
 @torch.no_grad()
