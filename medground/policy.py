@@ -156,12 +156,7 @@ class Policy(nn.Module):
 
     def prefill(self, packed: Packed, store: Store) -> Tensor:
         """Run prompts without completions: logits [B, V] of each one's first token; keys and values go to `store`."""
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-            store(layer, k, v)
-            return prefix_attention(q, k, v, packed.layout, scale=scale)
-
-        return self.vlm.lm_head(self._hidden(self._embed(packed), packed.position_ids, attend)[packed.ends])
+        return self.vlm.lm_head(self._run(packed, store)[packed.ends])
 
     def decode(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """One more token of R rows, int64 [R], at positions [R] -> logits [R, V] of the next ones."""
@@ -170,11 +165,17 @@ class Policy(nn.Module):
 
     def _scored(self, packed: Packed) -> Tensor:
         """The final hidden state [N, H] that predicts each completion token."""
+        return self._run(packed)[packed.scored]
+
+    def _run(self, packed: Packed, store: Store | None = None) -> Tensor:
+        """Final hidden states [T, H] of a stream; keys and values go to `store`, if there is one."""
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+            if store:
+                store(layer, k, v)
             return prefix_attention(q, k, v, packed.layout, scale=scale)
 
-        return self._hidden(self._embed(packed), packed.position_ids, attend)[packed.scored]
+        return self._hidden(self._embed(packed), packed.position_ids, attend)
 
     def _hidden(self, embeds: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """The language model: embeddings [T, H] at M-RoPE positions [3, T] -> final hidden states [T, H]."""

@@ -78,11 +78,6 @@ class Cache:
         # graphs run one after another: they may share the memory of what lies between
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
-    @property
-    def nbytes(self) -> int:
-        """Memory of keys and values."""
-        return self._prefixes.nbytes + self._suffixes.nbytes
-
     def prefill(self, packed: Packed, berths: Sequence[int], lengths: Sequence[int], following: Sequence[int]) -> None:
         """Run prompts and keep them, each in its berth.
 
