@@ -64,8 +64,9 @@ $(OLD_TRITON): | setup
 $(LINK):
 	@mkdir -p $(@D) && ln -sfn ../kernels $@
 
+# a process for each core, of one thread each: threads of several processes would wait for one another
 test: setup
-	$(PY) -m pytest --cov --durations=10 $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses=8 --dist=loadfile --cov --durations=10 $(ARGS)
 
 mutate: setup
 	$(PY) -m bench.mutate $(ARGS)

@@ -54,6 +54,7 @@ setup(
             "pytest-benchmark",
             "pytest-cov",
             "pytest-timeout",
+            "pytest-xdist",
             "ruff",
         ],
     },

@@ -1,10 +1,10 @@
 """The policy: a Qwen2.5-VL, and what training asks of it.
 
-`Policy.forward` scores completions, `Policy.loss` trains on them, `Policy.prefill` and `Policy.decode` sample them. All
-run inside the root module's forward, where FSDP2 has the whole embedding and head.
+`Policy.forward` scores completions, `Policy.loss` trains on them, both inside the root module's forward, where FSDP2 has
+the whole embedding and head. `Policy.prefill` begins to sample them; `rollout.decoder` goes on.
 
-Tokens come as one flat stream (`packing.Packed`; in decoding, one token of each row), batch size 1. Who attends to whom
-is in an `Attend` that goes with the call: the registered attention function hands it each layer's heads.
+Tokens come as one flat stream (`packing.Packed`), batch size 1. Who attends to whom is in an `Attend` that goes with
+the call: the registered attention function hands it each layer's heads.
 """
 
 from __future__ import annotations
@@ -157,11 +157,6 @@ class Policy(nn.Module):
     def prefill(self, packed: Packed, store: Store) -> Tensor:
         """Run prompts without completions: logits [B, V] of each one's first token; keys and values go to `store`."""
         return self.vlm.lm_head(self._run(packed, store)[packed.ends])
-
-    def decode(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """One more token of R rows, int64 [R], at positions [R] -> logits [R, V] of the next ones."""
-        embeds = self.vlm.model.get_input_embeddings()(tokens)
-        return self.vlm.lm_head(self._hidden(embeds, positions.expand(3, -1), attend))
 
     def _scored(self, packed: Packed) -> Tensor:
         """The final hidden state [N, H] that predicts each completion token."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from medground.packing import Packed
     from medground.policy import Policy
+    from medground.rollout.decoder import Decoder
 
 
 class Sampling(NamedTuple):
@@ -50,11 +51,11 @@ def bytes_per_token(config: Qwen2_5_VLTextConfig, dtype: torch.dtype) -> int:
 class Cache:
     """Berths and slots, and the step that extends every row by one token."""
 
-    def __init__(self, policy: Policy, shape: Shape, banned: Sequence[int], stop: Sequence[int]):
+    def __init__(self, policy: Policy, decoder: Decoder, shape: Shape, stop: Sequence[int]):
         text, weight = policy.vlm.config.text_config, policy.vlm.lm_head.weight
         device, heads = weight.device, text.num_key_value_heads
         head_dim = text.hidden_size // text.num_attention_heads
-        self.shape, self._policy = shape, policy
+        self.shape, self._policy, self._decoder = shape, policy, decoder
         kept = (text.num_hidden_layers, 2)  # keys and values of every layer
         P, C, slots, berths = shape.longest_prompt, shape.max_new_tokens, shape.slots, shape.berths
         self._prefixes = torch.zeros(*kept, berths, heads, P, head_dim, dtype=weight.dtype, device=device)
@@ -73,7 +74,7 @@ class Cache:
         self._tokens = torch.zeros(slots, C + 1, dtype=torch.int64, device=device)
         self._logps = torch.zeros(slots, C + 1, dtype=torch.float32, device=device)
         self._stopped = torch.zeros(slots, dtype=torch.bool, device=device)
-        self._banned, self._stop = torch.tensor(banned, device=device), torch.tensor(stop, device=device)
+        self._banned, self._stop = (torch.tensor(ids, device=device) for ids in (policy.never_sampled, stop))
         self._graphs: dict[tuple[int, Sampling], torch.cuda.CUDAGraph] = {}
         # graphs run one after another: they may share the memory of what lies between
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
@@ -173,7 +174,7 @@ class Cache:
                 scale=scale,
             )
 
-        logits = self._policy.decode(self._token[:rows], self._start[:rows] + fed, attend)
+        logits = self._decoder(self._token[:rows], self._start[:rows] + fed, attend)
         drawn = self._draw(logits, self._seeds[:rows], fed.long() + 1, sampling)
         fed.add_(1).clamp_(max=self.shape.max_new_tokens)
         self._token[:rows] = drawn.token

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from medground.packing import pack_prompts
 from medground.records import Group, Prompt, Rollout
 from medground.rollout.cache import Cache, Sampling, Shape, bytes_per_token
+from medground.rollout.decoder import Decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Qwen2_5_VLTextConfig
@@ -95,6 +96,7 @@ class Engine:
         self.policy, self.limits = policy, limits
         self._tokenizer = tokenizer
         self._stop = _stop_tokens(policy, tokenizer)
+        self._decoder = Decoder(policy)
         self._cache: Cache | None = None
         self.stats = RolloutStats()
 
@@ -141,7 +143,7 @@ class Engine:
         old = self._cache.shape if self._cache else None
         if not old or old.copies != copies or old.slots < shape.slots or old.berths < shape.berths:
             self._cache = None  # frees its memory first
-            self._cache = Cache(self.policy, shape, self.policy.never_sampled, self._stop)
+            self._cache = Cache(self.policy, self._decoder, shape, self._stop)
         assert self._cache
         return self._cache
 
