@@ -1,7 +1,7 @@
 """The policy: a Qwen2.5-VL, and what training asks of it.
 
-`Policy.forward` scores completions, `Policy.loss` trains on them, both inside the root module's forward, where FSDP2 has
-the whole embedding and head. `Policy.prefill` begins to sample them; `rollout.decoder` goes on.
+`Policy.forward` scores completions, `Policy.loss` trains on them, both inside the root module's forward, where FSDP2
+has the whole embedding and head. `Policy.prefill` begins to sample them; `rollout.decoder` goes on.
 
 Tokens come as one flat stream (`packing.Packed`), batch size 1. Who attends to whom is in an `Attend` that goes with
 the call: the registered attention function hands it each layer's heads.

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer
+
     from medground.policy import Attend, Policy
 
 
@@ -74,10 +76,11 @@ class Decoder:
         x = self._embed(tokens)
         # the three axes of a text token's position are equal
         cos, sin = (part[0][:, None] for part in self._rotary(x, positions.expand(3, 1, -1)))
-        heads = self._ask(x, self._layers[0], cos, sin)
+        q, k, v = self._ask(x, self._layers[0], cos, sin)
         for i, (layer, following) in enumerate(pairwise(self._layers)):
-            x, heads = self._between(x, attend(i, *heads, self._scale), layer, following, cos, sin)
-        attended = attend(len(self._layers) - 1, *heads, self._scale)
+            attended = attend(i, q, k, v, self._scale)
+            x, (q, k, v) = self._between(x, attended, layer, following, cos, sin)
+        attended = attend(len(self._layers) - 1, q, k, v, self._scale)
         return self._head(self._last(x, attended, self._layers[-1], self._norm))
 
 
@@ -113,7 +116,7 @@ def _last(x: Tensor, attended: Tensor, layer: _Layer, norm: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[1:], norm, layer.eps)
 
 
-def _join(layer: nn.Module, eps: float) -> _Layer:
+def _join(layer: Qwen2_5_VLDecoderLayer, eps: float) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
     qkv, qkv_bias = _lay_together(attention.q_proj, attention.k_proj, attention.v_proj)
     gate_up, _ = _lay_together(mlp.gate_proj, mlp.up_proj)
@@ -132,14 +135,12 @@ def _join(layer: nn.Module, eps: float) -> _Layer:
 @torch.no_grad()
 def _lay_together(*products: nn.Linear) -> tuple[Tensor, Tensor | None]:
     """The weight and bias of products with one input as those of one product, of which theirs become parts."""
-    joined = []
-    for name in ("weight", "bias"):
-        parts = [getattr(product, name) for product in products]
-        if parts[0] is None:
-            joined.append(None)
-            continue
+
+    def lay(parts: list[nn.Parameter]) -> Tensor:
         whole = torch.cat(parts)
         for part, place in zip(parts, whole.split([len(part) for part in parts]), strict=True):
             part.data = place
-        joined.append(whole)
-    return joined[0], joined[1]
+        return whole
+
+    biases = [product.bias for product in products if product.bias is not None]
+    return lay([product.weight for product in products]), lay(biases) if biases else None
