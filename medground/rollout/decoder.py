@@ -136,11 +136,11 @@ def _join(layer: Qwen2_5_VLDecoderLayer, eps: float) -> _Layer:
 def _lay_together(*products: nn.Linear) -> tuple[Tensor, Tensor | None]:
     """The weight and bias of products with one input as those of one product, of which theirs become parts."""
 
-    def lay(parts: list[nn.Parameter]) -> Tensor:
+    def lay(*parts: Tensor) -> Tensor:
         whole = torch.cat(parts)
         for part, place in zip(parts, whole.split([len(part) for part in parts]), strict=True):
             part.data = place
         return whole
 
     biases = [product.bias for product in products if product.bias is not None]
-    return lay([product.weight for product in products]), lay(biases) if biases else None
+    return lay(*(product.weight for product in products)), lay(*biases) if biases else None
