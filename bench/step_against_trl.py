@@ -27,7 +27,7 @@ from bench.packed import speedup, write
 from bench.race import UnavailableError
 from bench.random_model import ARCHITECTURES
 from bench.step_job import Capture, Job, make_job
-from bench.step_ours import OurSide
+from bench.step_ours import OurSide, coarse
 from bench.step_trl import need_trl, run_trl
 from bench.table import environment
 from medground.sharding import join_ranks
@@ -51,7 +51,7 @@ def take_turns(job: Job, folder: Path, rounds: int) -> tuple[Seconds, Seconds, f
                 gap.append(ours.compare(theirs))
                 ours.step()  # warms up
             else:
-                mine.append(ours.step())
+                mine.append(coarse(ours.step()))
 
         watch = run_trl(job, folder, rounds, between)
     return mine, watch.seconds, gap[0]
@@ -69,7 +69,7 @@ def one_after_the_other(job: Job, folder: Path, rounds: int) -> tuple[Seconds, S
         ours = OurSide(job, ranks)
         gap = ours.compare(capture)
         ours.step()
-        return [ours.step() for _ in range(rounds)], theirs, gap
+        return [coarse(ours.step()) for _ in range(rounds)], theirs, gap
 
 
 def measure(job: Job, folder: Path, rounds: int) -> dict[str, Any]:

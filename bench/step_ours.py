@@ -38,6 +38,16 @@ def make_our_config(job: Job) -> Config:
     )
 
 
+def coarse(s: dict[str, float]) -> dict[str, float]:
+    """Seconds of a step by the phases that TRL's can be told apart by."""
+    return {
+        "step": s["seconds"],
+        "rollout": s["seconds_prefill"] + s["seconds_decode"],
+        "update": s["seconds_score"] + s["seconds_update"],
+        "the rest": s["seconds_data"] + s["seconds_reward"],
+    }
+
+
 class OurSide:
     """A policy, its optimizer and its engine, as `medground.train` sets them up."""
 
@@ -54,7 +64,7 @@ class OurSide:
         self.steps = 0
 
     def step(self) -> dict[str, float]:
-        """One step: seconds of it and of its phases."""
+        """One step: its seconds, those of its phases, tokens a second (`Clock.seconds`)."""
         asker, config, ranks = self.asker, self.config, self.ranks
         clock = Clock()
         prompts = [asker.prompt(example) for example in self.job.examples]
@@ -75,13 +85,7 @@ class OurSide:
         self.steps += 1
         if {len(r.tokens) for g in groups for r in g.rollouts} != {self.job.size.C}:
             raise ValueError(f"want completions of {self.job.size.C} tokens; got {totals.means['completion_length']}")
-        s = clock.seconds(totals)
-        return {
-            "step": s["seconds"],
-            "rollout": s["seconds_prefill"] + s["seconds_decode"],
-            "update": s["seconds_score"] + s["seconds_update"],
-            "the rest": s["seconds_data"] + s["seconds_reward"],
-        }
+        return clock.seconds(totals)
 
     def compare(self, theirs: Capture) -> float:
         """How far our gradient of their first step is from theirs: root mean square over theirs."""

@@ -76,7 +76,7 @@ def _fold_block(logits, lowest, rate, peak, total, kept, TRUNCATED: tl.constexpr
 
 
 @jit(do_not_specialize=["K", "splits"])
-def _split_kernel(
+def _sample_split_kernel(
     logits_ptr, seeds_ptr, steps_ptr, banned_ptr, lowest_ptr, partial_ptr, best_token_ptr,
     V, K, row_stride, split_cols, splits, inv_temp,
     GREEDY: tl.constexpr, TRUNCATED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
@@ -127,7 +127,7 @@ def _split_kernel(
 
 
 @jit(do_not_specialize=["K", "splits"])
-def _join_kernel(
+def _sample_join_kernel(
     logits_ptr, banned_ptr, partial_ptr, best_token_ptr, token_ptr, logp_ptr, full_logp_ptr,
     V, K, row_stride, splits, inv_temp, GREEDY: tl.constexpr, SPLITS: tl.constexpr, BANNED: tl.constexpr
 ):  # fmt: skip
@@ -175,13 +175,13 @@ def _launch(logits, temperature, lowest, seeds, steps, banned):
     splits = cdiv(V, split_cols)
     partial = torch.empty((R, 4, splits), dtype=torch.float32, device=logits.device)
     best_token = torch.empty((R, splits), dtype=torch.int32, device=logits.device)
-    _split_kernel[(R, splits)](
+    _sample_split_kernel[(R, splits)](
         logits, seeds, steps, banned, logits if lowest is None else lowest, partial, best_token,
         V, K, logits.stride(0), split_cols, splits, inv_temp,
         GREEDY=not temperature, TRUNCATED=lowest is not None, WIDTH=16 // logits.element_size(),
         BLOCK=BLOCK, num_warps=NUM_WARPS
     )  # fmt: skip
-    _join_kernel[(R,)](
+    _sample_join_kernel[(R,)](
         logits, banned, partial, best_token, token, logp, full_logp, V, K, logits.stride(0), splits, inv_temp,
         GREEDY=not temperature, SPLITS=next_power_of_2(splits), BANNED=next_power_of_2(max(K, 1)), num_warps=1
     )  # fmt: skip

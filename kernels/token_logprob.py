@@ -82,7 +82,7 @@ def dlogits_block(logits, cols, target, top, log_total, entropy, dlogp, dentropy
 
 
 @jit(do_not_specialize=["splits"])
-def _split_kernel(
+def _logprob_split_kernel(
     logits_ptr, targets_ptr, partial_ptr, V, row_stride, split_cols, splits, inv_temp,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -106,7 +106,7 @@ def _split_kernel(
 
 
 @jit(do_not_specialize=["splits"])
-def _join_kernel(
+def _logprob_join_kernel(
     logits_ptr, targets_ptr, partial_ptr, logp_ptr, entropy_ptr, top_ptr, log_total_ptr,
     V, row_stride, splits, inv_temp, SPLITS: tl.constexpr
 ):  # fmt: skip
@@ -135,7 +135,7 @@ def _join_kernel(
 
 
 @jit
-def _backward_kernel(
+def _logprob_backward_kernel(
     dlogp_ptr, dentropy_ptr, logits_ptr, targets_ptr, entropy_ptr, top_ptr, log_total_ptr, dlogits_ptr,
     V, row_stride, out_stride, inv_temp, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -171,11 +171,11 @@ def forward_rows(logits: Tensor, targets: Tensor, temperature: float) -> tuple[T
     split_cols = BLOCK * cdiv(cdiv(V, max(cdiv(V, _SPLIT), cdiv(_PROGRAMS, N))), BLOCK)
     splits = cdiv(V, split_cols)
     partial = torch.empty((N, 3, splits), dtype=torch.float32, device=logits.device)
-    _split_kernel[(N, splits)](
+    _logprob_split_kernel[(N, splits)](
         logits, targets, partial, V, logits.stride(0), split_cols, splits, 1 / temperature,
         WIDTH=16 // logits.element_size(), BLOCK=BLOCK, num_warps=NUM_WARPS
     )  # fmt: skip
-    _join_kernel[(N,)](
+    _logprob_join_kernel[(N,)](
         logits, targets, partial, logp, entropy, top, log_total, V, logits.stride(0), splits, 1 / temperature,
         SPLITS=max(next_power_of_2(splits), 64), num_warps=1
     )  # fmt: skip
@@ -192,7 +192,7 @@ def backward_rows(
     if not runs_triton(logits):
         _backward_torch(dlogp, dentropy, logits, targets, softmax, temperature, out)
         return
-    _backward_kernel[(N, cdiv(V, BLOCK))](
+    _logprob_backward_kernel[(N, cdiv(V, BLOCK))](
         dlogp, dentropy, logits, targets, *softmax, out, V, logits.stride(0), out.stride(0), 1 / temperature,
         BLOCK=BLOCK, num_warps=NUM_WARPS
     )  # fmt: skip

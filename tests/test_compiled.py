@@ -64,7 +64,7 @@ def test_nothing_spills(table: dict[str, Any]) -> None:
 
 def test_loads_of_logits_are_16_bytes_wide(table: dict[str, Any]) -> None:
     walking = {name for name, kernel in kernels().items() if walks_the_vocabulary(kernel)}
-    assert {"token_logprob._split_kernel", "token_logprob._backward_kernel"} <= walking
+    assert {"token_logprob._logprob_split_kernel", "token_logprob._logprob_backward_kernel"} <= walking
     for size in ("3B", "7B"):
         rows = [row for row in table["rows"] if row["kernel"] in walking and row["shape"].startswith(size)]
         assert {row["kernel"] for row in rows} == walking

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 from tqdm import tqdm
 
 from medground.packing import pack_prompts
@@ -73,7 +74,7 @@ class RolloutStats:
     """What a roll-out did.
 
     Attributes:
-        prefill_seconds: running prompts and drawing first tokens.
+        prefill_seconds: running prompts.
         decode_seconds: all else.
         prompt_tokens: tokens of prompts, each prompt once.
         new_tokens: tokens of completions.
@@ -300,12 +301,13 @@ class _Run:
     def _run_prompts(self, batch: list[_Open]) -> None:
         start, policy = self._now(), self.engine.policy
         prompts = [group.prompt for group in batch]
-        self.cache.prefill(
-            pack_prompts(prompts, policy.vlm.config, policy.device),
-            [group.berth for group in batch],
-            [len(prompt.input_ids) for prompt in prompts],
-            [int(prompt.position_ids.max()) + 1 for prompt in prompts],
-        )
+        with record_function("prefill"):
+            self.cache.prefill(
+                pack_prompts(prompts, policy.vlm.config, policy.device),
+                [group.berth for group in batch],
+                [len(prompt.input_ids) for prompt in prompts],
+                [int(prompt.position_ids.max()) + 1 for prompt in prompts],
+            )
         self.open += batch
         self.stats.prompt_tokens += sum(len(prompt.input_ids) for prompt in prompts)
         self.stats.prefill_seconds += self._now() - start

@@ -1,0 +1,153 @@
+"""Record what whole GRPO steps cost and what they spend it on.
+
+    python -m profiles.record tiny-cpu --out profiles/now            2 prompts through a small model
+    python -m profiles.record 3b-h100 --out profiles/now             Qwen2.5-VL-3B's shapes, 16 prompts
+
+Weights are random and every completion is of full length, so that the same tree always does the same work. First come
+steps under the phase clock alone: their seconds are those that count. Then one step under torch.profiler tells which
+kernels ran in which phase. The folder gets `profile.json`, which `profiles.compare` reads, and `trace.json.gz` for
+Perfetto (ui.perfetto.dev) or chrome://tracing.
+"""
+
+import argparse
+import gc
+import json
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from bench.step_job import Job, make_job
+from bench.step_ours import OurSide
+from bench.table import environment
+from medground.sharding import join_ranks
+from medground.step_metrics import PHASE_END
+from profiles.tables import phase_table
+from profiles.trace import Event, Phase, counts, cut_into_phases, idle, kernels, memory_curve, plain
+
+FORMAT = 1
+PHASES = ("data", "prefill", "decode", "reward", "score", "update")
+_STEP = "GRPO step"
+
+
+class Workload(NamedTuple):
+    """A step: model of `bench.random_model`, prompts, groups of a micro-batch, whether activations are recomputed."""
+
+    device: str
+    model: str
+    prompts: int
+    groups_at_once: int
+    checkpointing: bool = False
+
+
+WORKLOADS = {
+    "test": Workload("cpu", "tiny", 2, 1),
+    "tiny-cpu": Workload("cpu", "small", 2, 2),
+    "3b-h100": Workload("cuda", "3b", 16, 1, checkpointing=True),
+}
+
+
+def record(name: str, out: Path, steps: int = 5) -> dict[str, Any]:
+    """Run a workload and write its profile.
+
+    Raises:
+        ValueError: its device is not there, or the folder holds something else than a profile.
+    """
+    workload = WORKLOADS[name]
+    if (workload.device == "cuda") != torch.cuda.is_available():
+        raise ValueError(
+            f"{name}: want {workload.device}; a GPU is {'' if torch.cuda.is_available() else 'not '}visible"
+        )
+    if out.exists() and any(out.iterdir()) and not (out / "profile.json").exists():
+        raise ValueError(f"{out}: want an empty folder or an older profile; it holds something else")
+    with tempfile.TemporaryDirectory() as scratch, join_ranks() as ranks:
+        job = make_job(Path(scratch), workload.model, torch.device(workload.device), *workload[2:])
+        ours = OurSide(job, ranks)
+        for _ in range(2):  # warm up; CUDA graphs are recorded
+            ours.step()
+        gc.collect()
+        timed = [ours.step() for _ in range(steps)]
+        traced, taken = _trace(ours)
+        result = {
+            "format": FORMAT,
+            "workload": {"name": name, **_sizes(job)},
+            "environment": environment() | {"on": workload.device},
+            "phases": {phase: [step[f"seconds_{phase}"] for step in timed] for phase in PHASES},
+            "step": [step["seconds"] for step in timed],
+            "rates": {rate: median(step[rate] for step in timed) for rate in timed[0] if rate.endswith("_per_second")},
+            "traced": taken,
+        }
+    out.mkdir(parents=True, exist_ok=True)
+    traced.export_chrome_trace(str(out / "trace.json.gz"))
+    (out / "profile.json").write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _sizes(job: Job) -> dict[str, Any]:
+    return job.size._asdict() | {
+        "model": job.name,
+        "prompts": len(job.examples),
+        "groups_at_once": job.groups_at_once,
+        "checkpointing": job.checkpointing,
+    }
+
+
+def _trace(ours: OurSide) -> tuple[profile, dict[str, Any]]:
+    """One step under the profiler."""
+    cuda = torch.cuda.is_available()
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
+    tracing = profile(activities=activities, profile_memory=True, with_flops=True, acc_events=True)
+    with tracing as traced, record_function(_STEP):
+        seconds = ours.step()
+    assert traced.profiler and traced.profiler.kineto_results
+    raw = traced.profiler.kineto_results.events()
+    events, changes, ends, inner, start, end = [], [], [], [], 0, 0
+    for event in raw:
+        name, begin, done = event.name(), event.start_ns(), event.end_ns()
+        on_device = event.device_type() == torch.autograd.DeviceType.CUDA
+        if name == "[memory]":
+            if on_device == cuda:
+                changes.append((begin, event.nbytes()))
+        elif name in (_STEP, "prefill") or name.startswith(PHASE_END):  # a GPU repeats the host's annotations
+            if on_device:
+                continue
+            if name == _STEP:
+                start, end = begin, done
+            elif name == "prefill":
+                inner.append(Phase(name, begin, done))
+            else:
+                ends.append((name.removeprefix(PHASE_END), done))
+        else:
+            events.append(Event(name, begin, done, on_device, event.start_thread_id(), event.flops()))
+    phases = cut_into_phases(start, sorted(ends, key=lambda found: found[1]), sorted(inner, key=lambda p: p.start))
+    return traced, {
+        "seconds": {phase: seconds[f"seconds_{phase}"] for phase in PHASES},
+        "kernels": plain(kernels(events, phases)),
+        "counts": counts(events),
+        "idle": idle(events, start, end) if cuda else None,
+        "memory": memory_curve(changes, start, end),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Record what whole GRPO steps cost.")
+    parser.add_argument("workload", choices=tuple(WORKLOADS))
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps, beside two to warm up and one traced")
+    args = parser.parse_args()
+    if args.steps < 3:
+        parser.error(f"--steps: want at least 3, for a spread; got {args.steps}")
+    try:
+        result = record(args.workload, args.out, args.steps)
+    except ValueError as error:
+        sys.exit(f"profiles.record: {error}")
+    print(phase_table(result))
+    print(f"\n{args.out}/profile.json, {args.out}/trace.json.gz")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""A profile as text: seconds of each phase with their spread, and what the traced step spent them on."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from statistics import median
+from typing import Any
+
+
+def by_group(kernels: Iterable[dict[str, Any]]) -> dict[tuple[str, str], dict[str, float]]:
+    """(phase, group) -> calls, seconds, flops."""
+    sums: dict[tuple[str, str], dict[str, float]] = defaultdict(lambda: {"calls": 0, "seconds": 0.0, "flops": 0})
+    for kernel in kernels:
+        for what, total in sums[kernel["phase"], kernel["group"]].items():
+            sums[kernel["phase"], kernel["group"]][what] = total + kernel[what]
+    return dict(sums)
+
+
+def phase_table(result: dict[str, Any], shown: int = 3) -> str:
+    """Markdown: phases, their seconds, their share of the step, the groups of kernels that took most of them."""
+    groups = by_group(result["traced"]["kernels"])
+    whole = median(result["step"])
+    lines = ["| phase | ms | least to most | share | kernels: ms of the traced step |", "|---|---|---|---|---|"]
+    for phase, seconds in result["phases"].items():
+        mine = sorted(((s["seconds"], group) for (p, group), s in groups.items() if p == phase), reverse=True)[:shown]
+        spent = ", ".join(f"{group} {own * 1e3:.3g}" for own, group in mine)
+        lines.append(
+            f"| {phase} | {median(seconds) * 1e3:.4g} | {min(seconds) * 1e3:.4g} to {max(seconds) * 1e3:.4g} "
+            f"| {median(seconds) / whole:.1%} | {spent} |"
+        )
+    lines.append(
+        f"| step | {whole * 1e3:.4g} | {min(result['step']) * 1e3:.4g} to {max(result['step']) * 1e3:.4g} | | |"
+    )
+    rates = ", ".join(f"{name.removesuffix('_per_second')} {rate:.4g}/s" for name, rate in result["rates"].items())
+    lines += ["", rates[0].upper() + rates[1:] + "."]
+    if found := result["traced"]["idle"]:
+        lines.append("GPU: " + ", ".join(f"{cause} {seconds * 1e3:.4g} ms" for cause, seconds in found.items()) + ".")
+    return "\n".join(lines)
