@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from profiles.record import FORMAT
-from profiles.tables import by_group
+from profiles.tables import by_group, shared_machine
 
 THRESHOLD = {"cpu": 0.3, "cuda": 0.05}
 
@@ -53,6 +53,7 @@ class Comparison(NamedTuple):
     counts: dict[str, tuple[int, int]]  # launches, waits, copies, where they differ
     memory: tuple[float, float]  # most bytes of the traced step beyond those before it
     environment: dict[str, tuple[Any, Any]]  # what differs
+    warnings: list[str]
 
     @property
     def is_change(self) -> bool:
@@ -98,6 +99,7 @@ def compare(
         {k: (old["counts"][k], new["counts"][k]) for k in old["counts"] if old["counts"][k] != new["counts"].get(k)},
         (max(held for _, held in old["memory"]), max(held for _, held in new["memory"])),
         {k: (a.get(k), b.get(k)) for k in sorted(a.keys() | b.keys()) if k != "date" and a.get(k) != b.get(k)},
+        [f"{name}: {text}" for name, p in (("Before", before), ("After", after)) if (text := shared_machine(p))],
     )
 
 
@@ -133,6 +135,7 @@ def render(found: Comparison, shown: int = 20) -> str:
     lines += [""] + [f"{name}: {x} -> {y}" for name, (x, y) in found.counts.items()]
     lines.append(f"Peak memory of the traced step: {found.memory[0] / 1e6:.4g} -> {found.memory[1] / 1e6:.4g} MB.")
     lines += [f"Environment: {name} {x} -> {y}" for name, (x, y) in found.environment.items()]
+    lines += found.warnings
     if not found.is_change:
         lines.append("No change.")
     return "\n".join(lines)

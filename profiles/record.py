@@ -5,15 +5,17 @@
 
 Weights are random and every completion is of full length, so that the same tree always does the same work. First come
 steps under the phase clock alone: their seconds are those that count. Then one step under torch.profiler tells which
-kernels ran in which phase. The folder gets `profile.json`, which `profiles.compare` reads, and `trace.json.gz` for
-Perfetto (ui.perfetto.dev) or chrome://tracing.
+kernels ran in which phase. The folder gets `profile.json`, which `profiles.compare` reads, `page.html`, and
+`trace.json.gz` for Perfetto (ui.perfetto.dev) or chrome://tracing.
 """
 
 import argparse
 import gc
 import json
+import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -26,6 +28,7 @@ from bench.step_ours import OurSide
 from bench.table import environment
 from medground.sharding import join_ranks
 from medground.step_metrics import PHASE_END
+from profiles.page import render_page
 from profiles.tables import phase_table
 from profiles.trace import Event, Phase, counts, cut_into_phases, idle, kernels, memory_curve, plain
 
@@ -70,12 +73,15 @@ def record(name: str, out: Path, steps: int = 5) -> dict[str, Any]:
         for _ in range(2):  # warm up; CUDA graphs are recorded
             ours.step()
         gc.collect()
+        load = OtherLoad()
         timed = [ours.step() for _ in range(steps)]
+        busy = load.cores()
         traced, taken = _trace(ours)
         result = {
             "format": FORMAT,
             "workload": {"name": name, **_sizes(job)},
             "environment": environment() | {"on": workload.device},
+            "others_cores": busy,
             "phases": {phase: [step[f"seconds_{phase}"] for step in timed] for phase in PHASES},
             "step": [step["seconds"] for step in timed],
             "rates": {rate: median(step[rate] for step in timed) for rate in timed[0] if rate.endswith("_per_second")},
@@ -83,8 +89,32 @@ def record(name: str, out: Path, steps: int = 5) -> dict[str, Any]:
         }
     out.mkdir(parents=True, exist_ok=True)
     traced.export_chrome_trace(str(out / "trace.json.gz"))
+    (out / "page.html").write_text(render_page(result))
     (out / "profile.json").write_text(json.dumps(result, indent=1) + "\n")
     return result
+
+
+class OtherLoad:
+    """How many of the machine's cores other processes use; known on Linux alone."""
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    def cores(self) -> float | None:
+        """The mean since it was made; our own children count as others."""
+        if self._start is None:
+            return None
+        wall, busy = (b - a for a, b in zip(self._start, self._now(), strict=True))
+        return max(busy, 0.0) / wall
+
+    @staticmethod
+    def _now() -> tuple[float, float] | None:
+        stat = Path("/proc/stat")
+        if not stat.exists():
+            return None
+        user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, stat.read_text().split()[1:9])
+        used = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        return time.perf_counter(), used - time.process_time()
 
 
 def _sizes(job: Job) -> dict[str, Any]:
@@ -146,7 +176,7 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"profiles.record: {error}")
     print(phase_table(result))
-    print(f"\n{args.out}/profile.json, {args.out}/trace.json.gz")
+    print("\n" + ", ".join(f"{args.out}/{name}" for name in ("page.html", "profile.json", "trace.json.gz")))
 
 
 if __name__ == "__main__":

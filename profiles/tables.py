@@ -32,6 +32,18 @@ def phase_table(result: dict[str, Any], shown: int = 3) -> str:
     )
     rates = ", ".join(f"{name.removesuffix('_per_second')} {rate:.4g}/s" for name, rate in result["rates"].items())
     lines += ["", rates[0].upper() + rates[1:] + "."]
+    if warning := shared_machine(result):
+        lines.append(warning)
     if found := result["traced"]["idle"]:
         lines.append("GPU: " + ", ".join(f"{cause} {seconds * 1e3:.4g} ms" for cause, seconds in found.items()) + ".")
     return "\n".join(lines)
+
+
+def shared_machine(result: dict[str, Any]) -> str | None:
+    """A warning where others used the machine while a profile was taken."""
+    cores = result["others_cores"]
+    return (
+        f"Other processes used {cores:.2g} cores meanwhile: times are not to be trusted."
+        if cores and cores > 0.2
+        else None
+    )

@@ -2,7 +2,9 @@
 
 import json
 import re
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,8 @@ from medground_kernels.prefix_decode import prefix_decode, prefix_decode_referen
 from profiles import compare as module
 from profiles.compare import Comparison, compare, load, render
 from profiles.groups import GROUPS, group_of
-from profiles.record import PHASES, record
+from profiles.page import render_page
+from profiles.record import PHASES, OtherLoad, record
 from profiles.tables import phase_table
 from profiles.trace import Event, Phase, counts, cut_into_phases, idle, kernels, memory_curve
 
@@ -123,6 +126,7 @@ def made_up(scale: float = 1.0, noise: int = 0) -> dict:
     return {
         "format": 1,
         "workload": {"name": "made up"},
+        "others_cores": 0.0,
         "environment": {"device": "a CPU", "on": "cpu", "date": "today", "commit": "a"},
         "phases": seconds,
         "step": [sum(step) for step in zip(*seconds.values(), strict=True)],
@@ -181,6 +185,38 @@ def test_other_workloads_and_devices_are_refused():
         compare(made_up(), made_up() | {"workload": {"name": "other"}})
 
 
+def test_the_page_needs_nothing_else_and_escapes():
+    result = made_up()
+    result["traced"]["seconds"] = dict.fromkeys(PHASES, 1.0)
+    result["traced"]["kernels"][0]["name"] = "void f<script>alert(1)</script>"
+    page = render_page(result | {"others_cores": 2.0})
+    assert "<script" not in page and "http" not in page and "f&lt;script&gt;" in page
+    assert page.count('class="row"') == len(PHASES) and "2 cores" in page
+    assert len(page) < 2e6
+
+
+def test_a_busy_machine_is_told():
+    found = compare(made_up(), made_up() | {"others_cores": 1.5})
+    assert found.warnings == ["After: Other processes used 1.5 cores meanwhile: times are not to be trusted."]
+    assert found.warnings[0] in render(found)
+    assert "1.5 cores" in phase_table(made_up() | {"others_cores": 1.5})
+    assert "cores" not in phase_table(made_up()) + phase_table(made_up() | {"others_cores": None})
+
+
+def test_other_load_is_seen():
+    load = OtherLoad()
+    burn = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        end = time.perf_counter() + 3
+        while time.perf_counter() < end:
+            sum(range(1000))
+    finally:
+        burn.kill()
+        burn.wait()
+    cores = load.cores()
+    assert cores is None or cores > 0.3
+
+
 def test_the_command_fails_where_it_is_told_to(tmp_path, monkeypatch, capsys):
     for name, scale in (("a", 1.0), ("b", 1.5)):
         (tmp_path / name).mkdir()
@@ -235,7 +271,7 @@ def test_the_same_tree_does_the_same_work(plain_profile, tmp_path):
     found = compare(plain_profile, record("test", tmp_path, steps=3), threshold=1e9)
     assert not found.is_change, render(found)
     files = {path.name for path in tmp_path.iterdir()}
-    assert files == {"profile.json", "trace.json.gz"}
+    assert files == {"page.html", "profile.json", "trace.json.gz"}
     assert load(tmp_path)["workload"] == plain_profile["workload"]
 
 
