@@ -93,9 +93,7 @@ def measure(job: Job, folder: Path, rounds: int) -> dict[str, Any]:
         },
         "steps": {"ours": ours, "TRL": theirs},
         "gradient_gap": gap,
-        "sizes": job.size._asdict()
-        | {"model": job.name, "prompts": len(job.examples), "image_tokens": job.size.image_tokens}
-        | {"groups_at_once": job.groups_at_once, "checkpointing": job.checkpointing, "rounds": rounds},
+        "sizes": job.sizes | {"image_tokens": job.size.image_tokens, "rounds": rounds},
         "bars": [bar.plain()] if job.name != "tiny" else [],
         "environment": environment() | {"on": job.device.type},
     }

@@ -1,7 +1,7 @@
 """What both sides of `bench.step_against_trl` are given: a model folder, images, phrases, a reward."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -43,6 +43,16 @@ class Job(NamedTuple):
     groups_at_once: int
     checkpointing: bool
     device: torch.device
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """What tells one job from another, as JSON has it."""
+        return self.size._asdict() | {
+            "model": self.name,
+            "prompts": len(self.examples),
+            "groups_at_once": self.groups_at_once,
+            "checkpointing": self.checkpointing,
+        }
 
     @property
     def pixels(self) -> int:

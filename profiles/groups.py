@@ -1,6 +1,7 @@
 """What kind of work a kernel does, by its name: a GPU's kernel, a copy or fill, or on a CPU an operator of torch."""
 
 import re
+from functools import cache
 
 _BY_NAME = (
     ("communication", r"nccl|c10d|gloo|all_gather|all_reduce|reduce_scatter|allgather|allreduce"),
@@ -30,6 +31,7 @@ _REST = "norm and elementwise"
 GROUPS = (*(group for group, _ in _BY_NAME), _REST)
 
 
+@cache
 def group_of(name: str) -> str:
     """One of GROUPS."""
     if "rms_norm" in name:

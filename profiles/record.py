@@ -16,6 +16,7 @@ import os
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -23,14 +24,14 @@ from typing import Any, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from bench.step_job import Job, make_job
+from bench.step_job import make_job
 from bench.step_ours import OurSide
 from bench.table import environment
 from medground.sharding import join_ranks
 from medground.step_metrics import PHASE_END
 from profiles.page import render_page
 from profiles.tables import phase_table
-from profiles.trace import Event, Phase, counts, cut_into_phases, idle, kernels, memory_curve, plain
+from profiles.trace import Event, Phase, counts, cut_into_phases, idle, kernels, memory_curve
 
 FORMAT = 1
 PHASES = ("data", "prefill", "decode", "reward", "score", "update")
@@ -79,7 +80,7 @@ def record(name: str, out: Path, steps: int = 5) -> dict[str, Any]:
         traced, taken = _trace(ours)
         result = {
             "format": FORMAT,
-            "workload": {"name": name, **_sizes(job)},
+            "workload": {"name": name, **job.sizes},
             "environment": environment() | {"on": workload.device},
             "others_cores": busy,
             "phases": {phase: [step[f"seconds_{phase}"] for step in timed] for phase in PHASES},
@@ -117,15 +118,6 @@ class OtherLoad:
         return time.perf_counter(), used - time.process_time()
 
 
-def _sizes(job: Job) -> dict[str, Any]:
-    return job.size._asdict() | {
-        "model": job.name,
-        "prompts": len(job.examples),
-        "groups_at_once": job.groups_at_once,
-        "checkpointing": job.checkpointing,
-    }
-
-
 def _trace(ours: OurSide) -> tuple[profile, dict[str, Any]]:
     """One step under the profiler."""
     cuda = torch.cuda.is_available()
@@ -156,7 +148,7 @@ def _trace(ours: OurSide) -> tuple[profile, dict[str, Any]]:
     phases = cut_into_phases(start, sorted(ends, key=lambda found: found[1]), sorted(inner, key=lambda p: p.start))
     return traced, {
         "seconds": {phase: seconds[f"seconds_{phase}"] for phase in PHASES},
-        "kernels": plain(kernels(events, phases)),
+        "kernels": [asdict(kernel) for kernel in kernels(events, phases)],
         "counts": counts(events),
         "idle": idle(events, start, end) if cuda else None,
         "memory": memory_curve(changes, start, end),

@@ -10,8 +10,9 @@ def by_group(kernels: Iterable[dict[str, Any]]) -> dict[tuple[str, str], dict[st
     """(phase, group) -> calls, seconds, flops."""
     sums: dict[tuple[str, str], dict[str, float]] = defaultdict(lambda: {"calls": 0, "seconds": 0.0, "flops": 0})
     for kernel in kernels:
-        for what, total in sums[kernel["phase"], kernel["group"]].items():
-            sums[kernel["phase"], kernel["group"]][what] = total + kernel[what]
+        mine = sums[kernel["phase"], kernel["group"]]
+        for what in mine:
+            mine[what] += kernel[what]
     return dict(sums)
 
 

@@ -6,9 +6,9 @@ torch's operators, each without the time of those that it calls.
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from profiles.groups import group_of
 
@@ -87,16 +87,15 @@ def _own_times(events: Iterable[Event]) -> Iterator[tuple[Event, int]]:
             yield from ((event, event.end - event.start) for event in mine)
             continue
         mine.sort(key=lambda event: (event.start, -event.end))
-        under_way: list[tuple[Event, list[int]]] = []
+        under_way: list[tuple[Event, int]] = []
         for event in mine:
             while under_way and under_way[-1][0].end <= event.start:
-                done, inner = under_way.pop()
-                yield done, done.end - done.start - sum(inner)
+                yield under_way.pop()
             if under_way:
-                under_way[-1][1].append(min(event.end, under_way[-1][0].end) - event.start)
-            under_way.append((event, []))
-        for done, inner in reversed(under_way):
-            yield done, done.end - done.start - sum(inner)
+                outer, own = under_way[-1]
+                under_way[-1] = outer, own - (min(event.end, outer.end) - event.start)
+            under_way.append((event, event.end - event.start))
+        yield from reversed(under_way)
 
 
 def idle(events: Sequence[Event], start: int, end: int) -> dict[str, float]:
@@ -155,7 +154,3 @@ def memory_curve(changes: Sequence[tuple[int, int]], start: int, end: int, point
             at += 1
         curve.append([(until - start) / 1e9, most])
     return curve
-
-
-def plain(found: Sequence[Kernel]) -> list[dict[str, Any]]:
-    return [asdict(kernel) for kernel in found]

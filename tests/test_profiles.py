@@ -13,7 +13,7 @@ import torch
 import bench.step_ours
 import medground.rollout.cache
 from medground_kernels import token_logprob
-from medground_kernels.prefix_decode import prefix_decode, prefix_decode_reference
+from medground_kernels.prefix_decode import prefix_decode_reference
 from profiles import compare as module
 from profiles.compare import Comparison, compare, load, render
 from profiles.groups import GROUPS, group_of
@@ -297,11 +297,7 @@ def double_the_head(monkeypatch):
 
 
 def a_reference_for_a_kernel(monkeypatch):
-    def slower(*args, scale, **kwargs):
-        assert prefix_decode
-        return prefix_decode_reference(*args, scale=scale, **kwargs)
-
-    monkeypatch.setattr(medground.rollout.cache, "prefix_decode", slower)
+    monkeypatch.setattr(medground.rollout.cache, "prefix_decode", prefix_decode_reference)
 
 
 @no_gpu
