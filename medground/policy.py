@@ -170,14 +170,9 @@ class Policy(nn.Module):
                 store(layer, k, v)
             return prefix_attention(q, k, v, packed.layout, scale=scale)
 
-        return self._hidden(self._embed(packed), packed.position_ids, attend)
-
-    def _hidden(self, embeds: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """The language model: embeddings [T, H] at M-RoPE positions [3, T] -> final hidden states [T, H]."""
         model = self.vlm.model.language_model
-        return model(
-            inputs_embeds=embeds[None], position_ids=positions[:, None], use_cache=False, attend=attend
-        ).last_hidden_state[0]
+        embeds, positions = self._embed(packed)[None], packed.position_ids[:, None]
+        return model(inputs_embeds=embeds, position_ids=positions, use_cache=False, attend=attend).last_hidden_state[0]
 
     def _embed(self, packed: Packed) -> Tensor:
         """Embeddings [T, H] of the stream, features of the images in their places."""
