@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -30,8 +30,18 @@ class Totals(NamedTuple):
     means: dict[str, float]
 
 
-def step_totals(groups: Sequence[Group], rewards: Rewards, rollout: RolloutStats, ranks: Ranks) -> Totals:
-    """Add up a step's completions, how they were sampled and what they earned; every rank must call it."""
+def step_totals(
+    groups: Sequence[Group], rewards: Rewards, rollout: RolloutStats, operations: Mapping[str, float], ranks: Ranks
+) -> Totals:
+    """Add up a step's completions, how they were sampled, what they earned and cost; every rank must call it.
+
+    Args:
+        groups: of this rank, as are the next three.
+        rewards: what they earned.
+        rollout: how they were sampled.
+        operations: what they cost, by phase (`costs.step_operations`).
+        ranks: to add up over.
+    """
     rollouts = [r for g in groups for r in g.rollouts]
     spread = rewards.total.amax(1) > rewards.total.amin(1)
     mine = {
@@ -49,6 +59,7 @@ def step_totals(groups: Sequence[Group], rewards: Rewards, rollout: RolloutStats
         "tokens_avoided": sum(len(g.prompt.input_ids) * (len(g.rollouts) - 1) for g in groups),
         "decode_steps": rollout.steps,
         "decode_slots": rollout.slots,
+        "operations": sum(operations.values()),
     }
     shares = ranks.gather((len(rollouts), mine, counts))
     sequences = sum(count for count, _, _ in shares)
@@ -127,16 +138,21 @@ def sample_rows(
 
 
 class Clock:
-    """Seconds of a step's phases."""
+    """Seconds of a step's phases, and what they make of its tokens (docs/performance.md)."""
 
-    def __init__(self, checkpoint: float = 0.0) -> None:
-        """Start the step; `checkpoint`: seconds that saving took since the last one."""
+    def __init__(self, checkpoint: float = 0.0, peak: float | None = None) -> None:
+        """Start the step.
+
+        Args:
+            checkpoint: seconds that saving took since the last one.
+            peak: most operations a second of all ranks' GPUs (`costs.peak_of`); None where that is not known.
+        """
         self._start = self._last = time.perf_counter()
         self._laps: dict[str, float] = {}
-        self._checkpoint = checkpoint
+        self._checkpoint, self._peak = checkpoint, peak
 
     def lap(self, phase: str, seconds: float | None = None) -> None:
-        """End a phase, which took the time since the last one ended, or `seconds` of it."""
+        """End a phase, which took the time since the last one ended, or `seconds` of it; one that returns adds up."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         if seconds is None:
@@ -144,17 +160,24 @@ class Clock:
                 now = time.perf_counter()
         else:
             now = self._last + seconds
-        self._laps[f"seconds_{phase}"] = now - self._last
+        self._laps[f"seconds_{phase}"] = self._laps.get(f"seconds_{phase}", 0.0) + now - self._last
         self._last = now
 
     def seconds(self, totals: Totals) -> dict[str, float]:
         """The step's seconds, its phases' and what they make of its tokens a second."""
         whole = self._last - self._start
         decode, update = self._laps["seconds_decode"], self._laps["seconds_update"]
+        packed = totals.tokens + totals.means["prompt_tokens"]
+        operations = totals.means["operations"]
         return {
             "tokens_per_second": totals.tokens / whole,
+            "processed_tokens_per_second": packed / whole,
+            "unpacked_tokens_per_second": (packed + totals.means["tokens_avoided"]) / whole,
+            "samples_per_second": totals.sequences / whole,
             "decode_tokens_per_second": totals.tokens / decode,
-            "update_tokens_per_second": (totals.tokens + totals.means["prompt_tokens"]) / update,
+            "update_tokens_per_second": packed / update,
+            "operations_per_second": operations / whole,
+            **({"mfu": operations / whole / self._peak} if self._peak else {}),
             "seconds": whole,
             **self._laps,
             "seconds_checkpoint": self._checkpoint,

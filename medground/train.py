@@ -27,6 +27,7 @@ from transformers import AutoConfig
 
 from medground.checkpoint import export_policy, load_checkpoint, save_checkpoint
 from medground.config import Config, differing_fields
+from medground.costs import network_of, peak_of, sizes_of, step_operations
 from medground.datasets.manifest import load_records, records_hash, select
 from medground.evaluate import Asker, read_answer
 from medground.micro_batches import Load, deal
@@ -99,9 +100,10 @@ def _steps(
     config, ranks, policy = asker.config, asker.ranks, asker.policy
     batches = _batches(asker, splits.train, done)
     bar = tqdm(range(done, config.steps), initial=done, total=config.steps, desc="GRPO", disable=not ranks.is_first)
+    network, peak = network_of(policy), peak_of(ranks, compute_dtype(ranks, config.model.precision))
     saving = 0.0
     for step in bar:
-        clock = Clock(saving)
+        clock = Clock(saving, peak)
         prompts = next(batches)
         clock.lap("data")
 
@@ -114,12 +116,13 @@ def _steps(
         advantages = group_advantage(rewards.total, normalize=config.loss.advantage)  # [B, G]
         clock.lap("reward")
 
-        totals = step_totals(groups, rewards, asker.engine.stats, ranks)
+        work = step_operations(network, sizes_of(groups), scorings=_scorings(config), epochs=config.loss.inner_epochs)
+        totals = step_totals(groups, rewards, asker.engine.stats, work, ranks)
         micro = _micro_batches(policy, groups, advantages, config, ranks)
         _score(policy, reference, micro, config)
         clock.lap("score")
 
-        updated = _update(policy, optimizer, micro, totals, config, ranks, step)
+        updated = _update(policy, optimizer, micro, totals, config, ranks, step, clock)
         clock.lap("update")
 
         metrics = {"step": step + 1} | totals.means | updated | clock.seconds(totals)
@@ -228,6 +231,12 @@ def _micro_batches(
     return micro
 
 
+def _scorings(config: Config) -> int:
+    """Forward passes that `_score` makes of each micro-batch."""
+    old = config.rollout.old_logp == "rescored" and config.loss.inner_epochs > 1
+    return int(old) + int(config.loss.beta > 0)
+
+
 @torch.no_grad()
 def _score(policy: Policy, reference: Policy | None, micro: Sequence[MicroBatch], config: Config) -> None:
     """Log-probabilities of the old and of the reference policy, where those at hand won't do."""
@@ -249,6 +258,7 @@ def _update(
     config: Config,
     ranks: Ranks,
     step: int,
+    clock: Clock,
 ) -> dict[str, float]:
     """`inner_epochs` optimizer steps on this rank's micro-batches."""
     options = config.loss.options(
@@ -280,11 +290,13 @@ def _update(
                 stats.append(stat)
                 if not epoch:
                     gaps.append(logp - batch.sampled_logp)
+        clock.lap("update")
         limit = config.optimizer.max_grad_norm
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), limit, error_if_nonfinite=True)
         norms.append(norm.full_tensor())  # type: ignore[attr-defined]  # a DTensor under FSDP2
         optimizer.step()
         optimizer.zero_grad()
+        clock.lap("optimizer")
     return update_statistics(stats, losses, norms, gaps, config.loss.inner_epochs, ranks) | {"lr": lr}
 
 

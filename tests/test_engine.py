@@ -156,6 +156,23 @@ def test_a_stop_token_ends_a_completion_and_the_limit_cuts_it():
     assert 0 < sum(r.finished for r in rollouts) < len(rollouts)
 
 
+@pytest.mark.parametrize("max_rows", [2, 64])
+def test_every_completion_may_have_a_limit_of_its_own(max_rows: int):
+    """Benchmarks ask for it; up to its limit a completion is what it would have been."""
+    wanted = {(p.example.id, i): 1 + (4 * n + 6 * i) % 13 for n, p in enumerate(PROMPTS) for i in range(3)}
+    assert {1, C, C + 1} <= set(wanted.values())  # the engine's limit holds too
+    whole, cut = (
+        sample(an_engine(max_rows=max_rows), lengths=lengths)
+        for lengths in (None, lambda prompt, index: wanted[prompt.example.id, index])
+    )
+    for group, short in zip(whole, cut, strict=True):
+        for i, (rollout, other) in enumerate(zip(group.rollouts, short.rollouts, strict=True)):
+            most = min(wanted[group.prompt.example.id, i], len(rollout.tokens))
+            assert other.tokens.tolist() == rollout.tokens[:most].tolist()
+            torch.testing.assert_close(other.logp, rollout.logp[:most], atol=1e-5, rtol=0)
+            assert other.finished == (rollout.finished and most == len(rollout.tokens))
+
+
 def test_completions_of_one_token():
     groups = sample(an_engine(max_new_tokens=1, max_rows=3), copies=4)
     for want, group in zip(WANTED[5], groups, strict=True):

@@ -228,10 +228,15 @@ def test_a_step_counts_its_tokens_and_seconds(straight: Path):
     for row in metrics(straight):
         assert row["slots_filled"] == 1 and row["decode_steps"] < 24  # its 16 rows fit at once
         assert row["prompt_tokens"] * 3 == row["tokens_avoided"]
-        phases = ("data", "prefill", "decode", "reward", "score", "update")
+        phases = ("data", "prefill", "decode", "reward", "score", "update", "optimizer")
         assert sum(row[f"seconds_{phase}"] for phase in phases) == pytest.approx(row["seconds"])
         tokens = row["completion_tokens"] + row["prompt_tokens"]
         assert row["update_tokens_per_second"] == pytest.approx(tokens / row["seconds_update"])
+        assert row["processed_tokens_per_second"] == pytest.approx(tokens / row["seconds"])
+        unpacked = tokens + row["tokens_avoided"]
+        assert row["unpacked_tokens_per_second"] == pytest.approx(unpacked / row["seconds"])
+        assert row["samples_per_second"] == pytest.approx(16 / row["seconds"])
+        assert row["operations_per_second"] == pytest.approx(row["operations"] / row["seconds"])
     assert [row["seconds_checkpoint"] > 1e-3 for row in metrics(straight)] == [False, False, True, False, True]
 
 

@@ -6,6 +6,7 @@ STYLE = """
   --page: #f4f6f9; --card: #ffffff; --ink: #16202e; --muted: #5c6878; --line: #e1e6ed; --grid: #e9edf2;
   --wash: #f7f9fb;
   --s0: #2468d8; --s1: #d9730d; --s2: #0c8f7c; --s3: #8351c6; --s4: #cb3a60; --s5: #7d8796;
+  --s6: #a68a00; --s7: #1a8fb8;
   --truth: #3ddc97; --before: #ff9f43; --after: #4cc2ff;
 }
 @media screen and (prefers-color-scheme: dark) {
@@ -14,6 +15,7 @@ STYLE = """
     --page: #0e131a; --card: #171d26; --ink: #e8edf4; --muted: #98a4b5; --line: #2a323e; --grid: #232b36;
     --wash: #1c232d;
     --s0: #6aa5ff; --s1: #f59a45; --s2: #3cc4ae; --s3: #b48cf0; --s4: #f27a99; --s5: #96a1b1;
+    --s6: #d9c14a; --s7: #5ec4e6;
   }
 }
 * { box-sizing: border-box; }
@@ -81,6 +83,7 @@ svg text { fill: var(--muted); font-size: 10.5px; font-variant-numeric: tabular-
 .dot, .range rect, .range circle { fill: currentColor; }
 .s0 { color: var(--s0); } .s1 { color: var(--s1); } .s2 { color: var(--s2); }
 .s3 { color: var(--s3); } .s4 { color: var(--s4); } .s5 { color: var(--s5); }
+.s6 { color: var(--s6); } .s7 { color: var(--s7); }
 .hover rect { fill: transparent; }
 .hover line { stroke: var(--ink); opacity: 0; }
 .hover:hover line { opacity: 0.45; }

@@ -55,7 +55,7 @@ def held_out_chart(curve: list[Row]) -> str:
 
 def phase_chart(metrics: list[Row]) -> str:
     """Seconds of a step by phase, stacked; what no phase accounts for is "other"."""
-    phases = {"decode": 0, "prefill": 4, "update": 2, "score": 6, "reward": 3, "data": 1}
+    phases = {"decode": 0, "prefill": 4, "update": 2, "optimizer": 7, "score": 6, "reward": 3, "data": 1}
     steps = [row["step"] for row in metrics]
     parts = [
         Series(name, steps, [row.get(f"seconds_{name}") for row in metrics], color) for name, color in phases.items()

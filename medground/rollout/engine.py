@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +29,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Qwen2_5_VLTextConfig
 
     from medground.policy import Policy
+
+
+class Lengths(Protocol):
+    """How long a completion may be."""
+
+    def __call__(self, prompt: Prompt, index: int) -> int:
+        """Tokens, 1 or more, of a prompt's completion."""
 
 
 class Limits(NamedTuple):
@@ -112,6 +119,7 @@ class Engine:
         seed: int = 0,
         step: int = 0,
         bar: tqdm | None = None,
+        lengths: Lengths | None = None,
     ) -> Iterator[tuple[int, Group]]:
         """Sample completions; `stats` tells of the last call.
 
@@ -123,6 +131,7 @@ class Engine:
             seed: of the run.
             step: of the run; another step draws other completions.
             bar: moves on by one for each completion.
+            lengths: cut each completion at its own limit, within the engine's; for benchmarks.
 
         Yields:
             (number of the prompt, its group), as groups are complete.
@@ -133,7 +142,8 @@ class Engine:
         """
         self.stats = RolloutStats()
         if count:
-            run = _Run(self, self._cache_for(count, copies), prompts, copies, sampling, f"{seed}/{step}", bar)
+            cache = self._cache_for(count, copies)
+            run = _Run(self, cache, prompts, copies, sampling, f"{seed}/{step}", bar, lengths)
             yield from run.groups()
 
     def _cache_for(self, prompts: int, copies: int) -> Cache:
@@ -184,8 +194,8 @@ class _Open:
 class _Row:
     """A completion that is being sampled, in the slot of its place in the list of rows."""
 
-    def __init__(self, group: _Open, index: int):
-        self.group, self.index = group, index
+    def __init__(self, group: _Open, index: int, limit: int):
+        self.group, self.index, self.limit = group, index, limit
         self.drawn = 1
         self.running = True
 
@@ -193,14 +203,14 @@ class _Row:
 class _Run:
     """One call of `Engine.roll_out`."""
 
-    def __init__(self, engine: Engine, cache: Cache, prompts, copies, sampling: Sampling, stream: str, bar):
+    def __init__(self, engine: Engine, cache: Cache, prompts, copies, sampling: Sampling, stream: str, bar, lengths):
         self.engine, self.cache, self.copies, self.sampling, self.stream = engine, cache, copies, sampling, stream
         self.coming = enumerate(prompts)
         self.next = next(self.coming, None)
         self.open: list[_Open] = []  # one for each berth from 0 on
         self.rows: list[_Row] = []  # one for each slot from 0 on
         self.complete: list[_Open] = []
-        self.stats, self.bar = engine.stats, bar
+        self.stats, self.bar, self.lengths = engine.stats, bar, lengths
         self.cuda = engine.policy.device.type == "cuda"
         # one step is under way on a GPU while the host looks at the one before
         self.ahead = 1 if self.cuda else 0
@@ -241,12 +251,11 @@ class _Run:
         """Let rows go that have stopped or reached the limit, and fill their slots."""
         if event:
             event.synchronize()
-        limit = self.engine.limits.max_new_tokens
         flags = stopped.tolist()
         ended = [
             (row, drawn, flag)
             for (row, drawn), flag in zip(rows, flags, strict=False)
-            if row.running and (flag or drawn == limit)
+            if row.running and (flag or drawn == row.limit)
         ]
         if ended:
             self._leave(ended)
@@ -317,7 +326,8 @@ class _Run:
         new: list[_Row] = []
         for group in self.open:
             while group.waiting and len(new) < len(free):
-                new.append(_Row(group, group.waiting.popleft()))
+                index = group.waiting.popleft()
+                new.append(_Row(group, index, self._limit(group.prompt, index)))
         if not new:
             return False
         slots, berths = free[: len(new)], [row.group.berth for row in new]
@@ -325,11 +335,14 @@ class _Run:
         stopped = self.cache.start(slots, berths, seeds, self.sampling).tolist()
         for slot, row in zip(slots, new, strict=True):
             self.rows[slot : slot + 1] = [row]
-        limit = self.engine.limits.max_new_tokens
-        ended = [(row, 1, flag) for row, flag in zip(new, stopped, strict=True) if flag or limit == 1]
+        ended = [(row, 1, flag) for row, flag in zip(new, stopped, strict=True) if flag or row.limit == 1]
         if ended:
             self._leave(ended)
         return bool(ended)
+
+    def _limit(self, prompt: Prompt, index: int) -> int:
+        most = self.engine.limits.max_new_tokens
+        return min(most, self.lengths(prompt, index)) if self.lengths else most
 
     def _close_gaps(self) -> None:
         """Move the last rows into slots that nobody took."""
