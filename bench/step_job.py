@@ -1,7 +1,11 @@
-"""What both sides of `bench.step_against_trl` are given: a model folder, images, phrases, a reward."""
+"""What every side of `bench.steps` is given: a model folder, images, phrases, lengths of answers, a reward.
+
+A side is a trainer. `step()` runs one step and returns its seconds: "step", and those of its phases, which are named
+alike on all sides. Sides that others wrote keep the first step's gradient, so that ours can be compared with it.
+"""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -16,75 +20,102 @@ from bench.random_model import (
     make_vlm,
     save_processor,
 )
+from bench.step_workloads import AnswerLengths, Workload
 from medground.records import Example
 
 LR, NO_LIMIT = 1e-6, 1e9  # of the gradient's norm, which is computed but never reached, so that gradients compare
+PHASES = ("data", "prefill", "decode", "reward", "score", "update", "optimizer")
+
+Seconds = dict[str, float]
+
+
+class Side(Protocol):
+    """A trainer on a job."""
+
+    def step(self) -> Seconds:
+        """Run the next step."""
+
+    def close(self) -> None:
+        """Give memory back."""
 
 
 class Job(NamedTuple):
-    """One step, over and over again.
+    """Steps on the same prompts, over and over again; only the answers' lengths differ from step to step.
 
     Attributes:
-        name: of the model's architecture.
-        size: of prompts and completions.
+        name: of the workload.
+        workload: what it is.
+        size: of prompts; C is the longest answer.
         model: folder of the model and its processor.
         data: folder of the images.
-        examples: B records, the same in each step.
-        groups_at_once: groups of a micro-batch.
-        checkpointing: whether activations are recomputed.
-        device: where both sides run.
+        examples: B records.
+        device: where all sides run.
     """
 
     name: str
+    workload: Workload
     size: Size
     model: Path
     data: Path
     examples: list[Example]
-    groups_at_once: int
-    checkpointing: bool
     device: torch.device
 
     @property
-    def sizes(self) -> dict[str, Any]:
+    def answers(self) -> AnswerLengths:
+        return self.workload.answers
+
+    @property
+    def facts(self) -> dict[str, Any]:
         """What tells one job from another, as JSON has it."""
-        return self.size._asdict() | {
-            "model": self.name,
-            "prompts": len(self.examples),
-            "groups_at_once": self.groups_at_once,
-            "checkpointing": self.checkpointing,
+        work, (P, _, G, _), (median, deviation, least, most) = self.workload, self.size, self.answers
+        return {
+            "name": self.name,
+            "model": work.model,
+            "prompts": work.prompts,
+            "groups_at_once": work.groups_at_once,
+            "checkpointing": work.checkpointing,
+            "P": P,
+            "image_tokens": self.size.image_tokens,
+            "G": G,
+            "answers": f"log-normal, median {median}, deviation {deviation}, {least} to {most} tokens",
         }
 
     @property
     def pixels(self) -> int:
         return self.examples[0].width * self.examples[0].height
 
+    def lengths(self, step: int) -> list[list[int]]:
+        """Tokens of each answer to each prompt."""
+        return self.answers.draw(len(self.examples), self.size.G, step)
+
 
 class Capture(NamedTuple):
     """What a trainer's step was."""
 
     prompts: torch.Tensor  # [B, P]
-    completions: torch.Tensor  # [B, G, C]
+    completions: list[list[torch.Tensor]]  # B of G of their lengths
     advantages: torch.Tensor  # [B, G]
     grads: dict[str, torch.Tensor]  # of the model's weights, by their names
 
 
-def make_job(
-    folder: Path, name: str, device: torch.device, prompts: int, groups_at_once: int, checkpointing: bool
-) -> Job:
+def make_job(folder: Path, name: str, workload: Workload) -> Job:
     """Write a model's folder and images."""
-    shape, size = ARCHITECTURES[name], SIZES[name]
-    if prompts % groups_at_once:
-        raise ValueError(f"want prompts a multiple of groups at once; got {prompts}, {groups_at_once}")
+    shape, size = ARCHITECTURES[workload.model], SIZES[workload.model]._replace(C=workload.answers.most)
+    if workload.prompts % workload.groups_at_once:
+        raise ValueError(
+            f"{name}: want prompts a multiple of groups at once; got {workload.prompts}, {workload.groups_at_once}"
+        )
+    device = torch.device(workload.device)
     processor = make_processor(shape.V, size)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model, data = folder / "model", folder / "data"
     make_vlm(make_config(shape, processor), device, dtype).save_pretrained(model)
     save_processor(processor, model)
     data.mkdir()
-    examples = [make_example(size, i, f"{i}.png") for i in range(prompts)]
+    examples = [make_example(size, i, f"{i}.png") for i in range(workload.prompts)]
     for i, example in enumerate(examples):
         make_image(size, i).save(data / example.image)
-    return Job(name, size, model, data, examples, groups_at_once, checkpointing, device)
+    return Job(name, workload, size, model, data, examples, device)
 
 
 def reward(text: str) -> float:

@@ -1,10 +1,19 @@
-"""Our side of `bench.step_against_trl`: the functions of `medground.train`, in its order."""
+"""Our side of `bench.steps`: the functions of `medground.train`, in its order.
+
+But that prompts are made within the step, not beside the one before, so that all sides read their images on the clock.
+"""
+
+import functools
+import gc
+import time
+from pathlib import Path
 
 import torch
 
 from bench.random_model import TEMPLATE
-from bench.step_job import LR, NO_LIMIT, Capture, Job, reward
+from bench.step_job import LR, NO_LIMIT, PHASES, Capture, Job, Seconds, reward
 from medground import train
+from medground.checkpoint import save_checkpoint
 from medground.config import (
     Config,
     DataConfig,
@@ -14,9 +23,10 @@ from medground.config import (
     PromptConfig,
     RolloutConfig,
 )
+from medground.costs import network_of, peak_of, sizes_of, step_operations
 from medground.evaluate import Asker
 from medground.prompts import load_processor
-from medground.records import Group, Rollout
+from medground.records import Group, Prompt, Rollout
 from medground.rewards.total import Rewards
 from medground.rollout.engine import Engine
 from medground.sharding import Ranks, WholeCopy, compute_dtype, shard
@@ -26,30 +36,26 @@ from medground_kernels.group_advantage import group_advantage
 
 def make_our_config(job: Job) -> Config:
     P, _, G, C = job.size
+    work = job.workload
     return Config(
         out="unused",
         steps=1000,
-        model=ModelConfig(path=str(job.model), gradient_checkpointing=job.checkpointing),
+        model=ModelConfig(path=str(job.model), gradient_checkpointing=work.checkpointing),
         data=DataConfig(path=str(job.data), min_pixels=job.pixels, max_pixels=job.pixels),
         prompt=PromptConfig(template=TEMPLATE),
         rollout=RolloutConfig(prompts_per_step=len(job.examples), group_size=G, max_new_tokens=C),
-        loss=LossConfig(loss_type="dapo", beta=0.0, micro_batch_tokens=job.groups_at_once * (P + G * C)),
+        loss=LossConfig(loss_type="dapo", beta=0.0, micro_batch_tokens=work.groups_at_once * (P + G * C)),
         optimizer=OptimizerConfig(lr=LR, warmup_steps=0, max_grad_norm=NO_LIMIT),
     )
 
 
-def coarse(s: dict[str, float]) -> dict[str, float]:
-    """Seconds of a step by the phases that TRL's can be told apart by."""
-    return {
-        "step": s["seconds"],
-        "rollout": s["seconds_prefill"] + s["seconds_decode"],
-        "update": s["seconds_score"] + s["seconds_update"],
-        "the rest": s["seconds_data"] + s["seconds_reward"],
-    }
-
-
 class OurSide:
-    """A policy, its optimizer and its engine, as `medground.train` sets them up."""
+    """A policy, its optimizer and its engine, as `medground.train` sets them up.
+
+    Attributes:
+        metrics: of the last step, by the names that a run writes.
+        groups: of the last step.
+    """
 
     def __init__(self, job: Job, ranks: Ranks):
         self.job, self.ranks, self.config = job, ranks, make_our_config(job)
@@ -61,14 +67,23 @@ class OurSide:
         whole = WholeCopy(policy, ranks, config.model.precision)
         engine = Engine(whole.policy, processor.tokenizer, limits)
         self.asker = Asker(policy, whole, engine, processor, config, ranks)
+        self.network, self._peak = network_of(policy), peak_of(ranks, dtype)
+        self._roll_out = engine.roll_out
         self.steps = 0
+        self.metrics: dict[str, float] = {}
+        self.groups: list[Group] = []
 
-    def step(self) -> dict[str, float]:
-        """One step: its seconds, those of its phases, tokens a second (`Clock.seconds`)."""
+    def step(self) -> Seconds:
         asker, config, ranks = self.asker, self.config, self.ranks
-        clock = Clock()
+        lengths = {e.id: row for e, row in zip(self.job.examples, self.job.lengths(self.steps), strict=True)}
+
+        def length(prompt: Prompt, index: int) -> int:
+            return lengths[prompt.example.id][index]
+
+        clock = Clock(peak=self._peak)
         prompts = [asker.prompt(example) for example in self.job.examples]
         clock.lap("data")
+        asker.engine.roll_out = functools.partial(self._roll_out, lengths=length)
         groups = train._roll_out(asker, prompts, self.steps)
         clock.lap("prefill", asker.engine.stats.prefill_seconds)
         clock.lap("decode")
@@ -76,16 +91,25 @@ class OurSide:
         rewards = Rewards(total, *(torch.zeros_like(total) for _ in range(3)))
         advantages = group_advantage(total, normalize=config.loss.advantage)
         clock.lap("reward")
-        totals = step_totals(groups, rewards, asker.engine.stats, ranks)
+        work = step_operations(self.network, sizes_of(groups), scorings=train._scorings(config))
+        totals = step_totals(groups, rewards, asker.engine.stats, work, ranks)
         micro = train._micro_batches(asker.policy, groups, advantages, config, ranks)
         train._score(asker.policy, None, micro, config)
         clock.lap("score")
-        train._update(asker.policy, self.optimizer, micro, totals, config, ranks, self.steps)
+        train._update(asker.policy, self.optimizer, micro, totals, config, ranks, self.steps, clock)
         clock.lap("update")
         self.steps += 1
-        if {len(r.tokens) for g in groups for r in g.rollouts} != {self.job.size.C}:
-            raise ValueError(f"want completions of {self.job.size.C} tokens; got {totals.means['completion_length']}")
-        return clock.seconds(totals)
+        found = {g.prompt.example.id: [len(r.tokens) for r in g.rollouts] for g in groups}
+        if found != lengths:
+            raise ValueError(f"want completions of the lengths {lengths}; got {found}")
+        self.groups, self.metrics = groups, totals.means | clock.seconds(totals)
+        return {"step": self.metrics["seconds"]} | {phase: self.metrics[f"seconds_{phase}"] for phase in PHASES}
+
+    def save(self, folder: Path) -> float:
+        """Seconds of a checkpoint."""
+        start = time.perf_counter()
+        save_checkpoint(folder, self.steps, self.asker.policy, self.optimizer, self.ranks, keep=1)
+        return time.perf_counter() - start
 
     def compare(self, theirs: Capture) -> float:
         """How far our gradient of their first step is from theirs: root mean square over theirs."""
@@ -98,11 +122,11 @@ class OurSide:
             for prompt, completions in zip(prompts, theirs.completions, strict=True)
         ]
         options = config.loss.options(temperature=1.0, max_completion_length=self.job.size.C)
+        tokens = sum(len(rollout.tokens) for group in groups for rollout in group.rollouts)
         for batch in train._micro_batches(policy, groups, theirs.advantages, config, self.ranks):
             policy.loss(
-                batch.packed, batch.advantages, old_logp=None, ref_logp=None, options=options,
-                total_tokens=theirs.completions.numel()
-            ).loss.backward()  # fmt: skip
+                batch.packed, batch.advantages, old_logp=None, ref_logp=None, options=options, total_tokens=tokens
+            ).loss.backward()
         off = size = 0.0
         for name, weight in policy.vlm.named_parameters():
             grad = weight.grad.full_tensor().cpu()
@@ -110,3 +134,9 @@ class OurSide:
             size += float(theirs.grads[name].double().square().sum())
         self.optimizer.zero_grad()
         return (off / size) ** 0.5
+
+    def close(self) -> None:
+        del self.asker, self.optimizer, self._roll_out
+        self.groups = []
+        gc.collect()
+        torch.cuda.empty_cache()

@@ -1,21 +1,27 @@
-"""TRL's side of `bench.step_against_trl`: its GRPOTrainer, with an eye on its phases."""
+"""TRL's side of `bench.steps`: its GRPOTrainer at its defaults, with an eye on its phases.
 
+Its head is fused since 1.16: log-probabilities come a chunk of logits at a time. `fused=False` gives it whole logits
+again, as earlier releases and trainers made after them have them.
+"""
+
+import gc
 import importlib
+import queue
+import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PrinterCallback, TrainerCallback
-from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
-from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
+from bench import timing
 from bench.race import UnavailableError
 from bench.random_model import TEMPLATE
-from bench.step_job import LR, NO_LIMIT, Capture, Job, reward
-from medground.prompts import IMAGE_TOKEN, TEMPLATES, load_processor
+from bench.step_job import LR, NO_LIMIT, PHASES, Capture, Job, Seconds, reward
+from bench.step_rows import END, exact_lengths, make_row_processor
+from medground.prompts import TEMPLATES
 
 PACKAGES = ("datasets", "accelerate", "trl")
 
@@ -36,97 +42,190 @@ def need_trl() -> None:
             ) from error
 
 
-class ImageProcessor(Qwen2_5_VLProcessor):
-    """Qwen2.5-VL's processor without the part for videos, which insists on torchvision."""
-
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
-        self.image_token, self.video_token = IMAGE_TOKEN, "<|video_pad|>"
-        self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids([self.image_token, self.video_token])
-        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
-
-
-class Watch(TrainerCallback):
-    """Stops the trainer's clock after each step, hands over to us, and starts it again.
+class TrlSide:
+    """A GRPOTrainer in a thread of its own, which waits after each step until it is asked for the next one.
 
     Attributes:
-        seconds: of each step and its phases, but the first, which warms up. Reading images counts as update.
         capture: what the first step was.
-        rollout: seconds of the last step's `generate`.
-        rest: seconds of tokenising, images, rewards and advantages.
     """
 
-    def __init__(self, job: Job, rounds: int, between: Callable[[Capture], None]):
-        self.job, self.rounds, self.between = job, rounds, between
-        self.seconds: list[dict[str, float]] = []
+    def __init__(self, job: Job, folder: Path, fused: bool = True):
+        need_trl()
+        logging.set_verbosity_error()
         self.capture: Capture | None = None
+        self._turns: queue.Queue[bool] = queue.Queue()
+        self._results: queue.Queue[Seconds | BaseException] = queue.Queue()
+        self._watch = _Watch(job, self)
+        self._trainer = _make_trainer(job, folder, fused, self._watch)
+        self._thread = threading.Thread(target=self._train, daemon=True)
+
+    def step(self) -> Seconds:
+        if self._thread.ident is None:
+            self._thread.start()
+        self._turns.put(True)
+        found = self._results.get()
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    def peak_of_step(self) -> int:
+        """Bytes that a step holds at most beyond what was held before."""
+        self._watch.wants_peak = True
+        self.step()
+        return self._watch.peak.bytes
+
+    def close(self) -> None:
+        if self._thread.is_alive():
+            self._turns.put(False)
+            self._thread.join()
+        del self._trainer, self._watch
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    def wait(self) -> bool:
+        """In the trainer's thread: whether there is to be another step."""
+        return self._turns.get()
+
+    def report(self, seconds: Seconds) -> None:
+        """In the trainer's thread: a step is done."""
+        self._results.put(seconds)
+
+    def _train(self) -> None:
+        try:
+            self._trainer.train()
+        except BaseException as error:  # handed to whoever asked for the step
+            self._results.put(error)
+
+
+class _Watch(TrainerCallback):
+    """Marks where phases end, and stops the trainer between steps."""
+
+    def __init__(self, job: Job, side: TrlSide):
+        self.job, self.side = job, side
+        self.steps = 0
+        self.wants_peak, self.peak = False, timing.PeakMemory()
         self.generated: dict[str, torch.Tensor] = {}
-        self.rollout = self.rest = self._start = 0.0
+        self._seconds: Seconds = {}
+        self._last = self._start = 0.0
 
-    def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
-        self._start = self.now()
+    def lap(self, phase: str) -> None:
+        """End a phase; one that returns adds up."""
+        now = self._now()
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + now - self._last
+        self._last = now
 
-    def on_pre_optimizer_step(self, args, state, control, *, model, **kwargs: Any) -> None:
-        if self.capture is None:
-            B, G = len(self.job.examples), self.job.size.G
-            found = {name: self.generated[name].cpu() for name in ("prompt_ids", "completion_ids", "advantages")}
-            self.capture = Capture(
-                found["prompt_ids"][::G],
-                found["completion_ids"].view(B, G, -1),
-                found["advantages"].view(B, G),
-                {name: weight.grad.float().to("cpu", copy=True) for name, weight in model.named_parameters()},
-            )
-
-    def on_step_end(self, args, state, control, **kwargs: Any) -> None:
-        whole = self.now() - self._start
-        if state.global_step > 1:
-            update = whole - self.rollout - self.rest
-            self.seconds.append({"step": whole, "rollout": self.rollout, "update": update, "the rest": self.rest})
-        C = self.generated["completion_mask"].sum(1).unique().tolist()
-        if C != [self.job.size.C]:
-            raise ValueError(f"want completions of {self.job.size.C} tokens from TRL; got {C}")
-        assert self.capture
-        self.between(self.capture)
-        control.should_training_stop = len(self.seconds) == self.rounds
-        self._start = self.now()
-
-    def now(self) -> float:
+    def _now(self) -> float:
         if self.job.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
+    def _begin(self) -> None:
+        if self.wants_peak:  # in this thread, the only one that a profiler sees on a CPU
+            self.peak.__enter__()
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._last = self._start = self._now()
 
-def run_trl(job: Job, folder: Path, rounds: int, between: Callable[[Capture], None]) -> Watch:
-    """Train a step to warm up and then `rounds`; `between` runs after each of them, off the clock."""
+    def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
+        self.side.wait()
+        self._begin()
+
+    def on_pre_optimizer_step(self, args, state, control, *, model, **kwargs: Any) -> None:
+        self.lap("update")
+        if self.side.capture is None:
+            self.side.capture = self._capture(model)
+            self._last = self._now()
+
+    def on_step_end(self, args, state, control, **kwargs: Any) -> None:
+        self.lap("optimizer")
+        if self.wants_peak:
+            self.peak.__exit__(None, None, None)
+            self.wants_peak = False
+        found = self.generated["completion_mask"].sum(1).view(len(self.job.examples), -1).tolist()
+        wanted = self.job.lengths(self.steps)
+        if found != wanted:
+            raise ValueError(f"want completions of the lengths {wanted} from TRL; got {found}")
+        self.steps += 1
+        self.side.report({"step": sum(self._seconds.values())} | self._seconds)
+        if self.side.wait():
+            self._begin()
+        else:
+            control.should_training_stop = True
+
+    def _capture(self, model) -> Capture:
+        B, G = len(self.job.examples), self.job.size.G
+        names = ("prompt_ids", "completion_ids", "completion_mask", "advantages")
+        found = {name: self.generated[name].cpu() for name in names}
+        rows = [ids[mask.bool()] for ids, mask in zip(found["completion_ids"], found["completion_mask"], strict=True)]
+        return Capture(
+            found["prompt_ids"][::G],
+            [rows[b * G : (b + 1) * G] for b in range(B)],
+            found["advantages"].view(B, G),
+            {name: weight.grad.float().to("cpu", copy=True) for name, weight in model.named_parameters()},
+        )
+
+
+def _make_trainer(job: Job, folder: Path, fused: bool, watch: _Watch):
     import datasets
     from trl import GRPOConfig, GRPOTrainer
 
-    logging.set_verbosity_error()
-    watch = Watch(job, rounds, between)
-
     class Trainer(GRPOTrainer):
         def _generate_single_turn(self, *args, **kwargs):
-            start = watch.now()
+            watch.lap("data")
             out = super()._generate_single_turn(*args, **kwargs)
-            watch.rollout = watch.now() - start
+            watch.lap("decode")
             return out
 
         def _generate_and_score_completions(self, inputs):
-            start = watch.now()
             watch.generated = super()._generate_and_score_completions(inputs)
-            watch.rest = watch.now() - start - watch.rollout
+            watch.lap("reward")
             return watch.generated
 
-    trainer = Trainer(
+    processor = make_row_processor(job)
+    trainer = (Trainer if fused else _with_whole_logits(Trainer))(
         model=str(job.model),
         reward_funcs=_rewards,
         args=GRPOConfig(**_arguments(job, folder)),
         train_dataset=_dataset(job, datasets),
-        processing_class=_processor(job),
+        processing_class=processor,
         callbacks=[watch],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    return watch
+    _set_lengths(trainer.model, job, watch, processor.tokenizer.convert_tokens_to_ids(END))
+    return trainer
+
+
+def _set_lengths(model, job: Job, watch: _Watch, end: int) -> None:
+    generate, config = model.generate, model.config
+    never = [config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id]
+
+    def generate_of_lengths(**inputs):
+        processors = exact_lengths(job, watch.steps, end, never, lambda: watch.lap("prefill"))
+        return generate(**inputs, logits_processor=processors)
+
+    model.generate = generate_of_lengths
+
+
+def _with_whole_logits(trainer: type) -> type:
+    """The same with the logits of all completion tokens at once."""
+    from trl.trainer.utils import entropy_from_logits, selective_log_softmax
+
+    class WholeLogits(trainer):
+        def _get_per_token_logps_and_entropies(
+            self, model, input_ids, attention_mask, logits_to_keep, compute_entropy=False, **inputs
+        ):
+            del inputs["num_images"]
+            inputs = {name: value for name, value in inputs.items() if torch.is_tensor(value)}
+            with self.accelerator.autocast():
+                out = model(
+                    input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=logits_to_keep + 1, **inputs
+                )
+            logits = out.logits[:, :-1] / self.temperature
+            logp = selective_log_softmax(logits, input_ids[:, -logits_to_keep:])
+            with torch.no_grad():
+                entropy = entropy_from_logits(logits) if compute_entropy else None
+            return logp, entropy, None
+
+    return WholeLogits
 
 
 def _rewards(completions: list, **_: Any) -> list[float]:
@@ -134,7 +233,7 @@ def _rewards(completions: list, **_: Any) -> list[float]:
 
 
 def _arguments(job: Job, folder: Path) -> dict[str, Any]:
-    B, G = len(job.examples), job.size.G
+    B, G, work = len(job.examples), job.size.G, job.workload
     cuda = job.device.type == "cuda"
     return {
         "output_dir": str(folder),
@@ -142,9 +241,9 @@ def _arguments(job: Job, folder: Path) -> dict[str, Any]:
         "bf16": cuda,
         "num_generations": G,
         "max_completion_length": job.size.C,
-        "per_device_train_batch_size": G * job.groups_at_once,
-        "gradient_accumulation_steps": B // job.groups_at_once,
-        "gradient_checkpointing": job.checkpointing,
+        "per_device_train_batch_size": G * work.groups_at_once,
+        "gradient_accumulation_steps": B // work.groups_at_once,
+        "gradient_checkpointing": work.checkpointing,
         "max_steps": 1000,
         "learning_rate": LR,
         "max_grad_norm": NO_LIMIT,
@@ -171,8 +270,3 @@ def _dataset(job: Job, datasets):
     table = datasets.table.InMemoryTable.from_pydict(rows, schema=features.arrow_schema)
     # for a fingerprint it would pickle pyarrow, which fails where that lies outside of "site-packages", as in peers/
     return datasets.Dataset(table, fingerprint="films")
-
-
-def _processor(job: Job) -> ImageProcessor:
-    ours = load_processor(job.model, job.pixels, job.pixels)
-    return ImageProcessor(ours.images, ours.tokenizer, chat_template=ours.tokenizer.chat_template)

@@ -119,6 +119,14 @@ def summary(samples: dict[int, list[float]], lead: dict[int, list[float]], clock
     return Times(median(values), p20, p80, len(values), clock, versus)
 
 
+def pedantic(call: Callable[[], Any], setup: Callable[[], Any] | None = None, rounds: int = 1, **_: Any) -> None:
+    """As pytest-benchmark's, without the clock."""
+    for _round in range(rounds):
+        if setup:
+            setup()
+        call()
+
+
 @contextmanager
 def no_collection() -> Iterator[None]:
     """No garbage collection in the middle of a sample."""
@@ -134,27 +142,40 @@ def peak_memory(turn: Turn) -> int:
     """Bytes that one call holds at most beyond what was there before it; its results count."""
     if turn.prepare:
         turn.prepare()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
+    with PeakMemory() as peak:
         result = turn.call()
-        torch.cuda.synchronize()
         del result
-        return torch.cuda.max_memory_allocated() - before
-    return _peak_on_cpu(turn.call)
+    return peak.bytes
 
 
-def _peak_on_cpu(call: Callable[[], Any]) -> int:
-    # every allocation and release of torch's CPU allocator, in order. The resident size would also count
-    # what malloc keeps back, and a second contender would find the first one's pages
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        result = call()
-    del result
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
-    return max(held, default=0)
+class PeakMemory:
+    """Most bytes held at a time while it is open, beyond what was held before; on a CPU by the thread that opens it."""
+
+    def __init__(self) -> None:
+        self.bytes = self._before = 0
+        # every allocation and release of torch's CPU allocator, in order. The resident size would also count
+        # what malloc keeps back, and a second contender would find the first one's pages
+        self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+
+    def __enter__(self) -> "PeakMemory":
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            self._before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            self._profile.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            self.bytes = torch.cuda.max_memory_allocated() - self._before
+            return
+        self._profile.__exit__(*error)
+        events = [e for e in self._profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+        held = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+        self.bytes = max(held, default=0)
 
 
 def count_launches(call: Callable[[], Any]) -> int:
