@@ -1,18 +1,16 @@
-"""A shared prompt beside padded rows, and a whole step beside TRL's: the programs, each in a process of its own.
+"""A shared prompt beside padded rows: the program, in a process of its own.
 
-Their tables are printed, their JSON lies beside that of the kernels; nothing fails on a bar.
+Its table is printed, its JSON lies beside that of the kernels; nothing fails on a bar.
 """
 
 import gc
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench.step_trl import PACKAGES
 from bench.table import device_slug
 
 ROOT = Path(__file__).parents[1]
@@ -43,11 +41,3 @@ def program(capsys, pytestconfig):
 
 def test_packed(program):
     program("packed")
-
-
-def test_step_against_trl(program):
-    missing = [package for package in PACKAGES if find_spec(package) is None]
-    if missing:
-        pytest.skip(f"not installed: {', '.join(missing)}")
-    options = ("--checkpointing", "--rounds", "3") if DEVICE == "cuda" else ()
-    program("step_against_trl", *options)

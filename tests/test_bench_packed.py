@@ -1,27 +1,17 @@
-"""Packed groups and whole steps as benchmarks run them, at small sizes. Nothing here looks at how fast anything was."""
+"""Packed groups as benchmarks run them, at small sizes. Nothing here looks at how fast anything was."""
 
-import builtins
 import json
-import sys
-from dataclasses import replace
 
 import pytest
 import torch
 
-from bench import packed, packed_sides, step_against_trl, timing
+from bench import packed, packed_sides, timing
 from bench.packed import Race, cpu_bars, cuda_bars, measure, render, take_turns
 from bench.packed_floors import operations_bound, weights_of
-from bench.packed_sides import Case, check, clear, make_case, our_loss, our_score, separate, their_loss, their_score
-from bench.random_model import ARCHITECTURES, SIZES, Size, make_example, make_image, make_processor, make_prompts
-from bench.step_job import Capture, make_job
-from bench.step_ours import OurSide, coarse
-from bench.step_trl import need_trl
-from medground.prompts import load_processor, make_prompt
-from medground.sharding import join_ranks
+from bench.packed_sides import Case, check, make_case, our_loss, our_score, separate, their_loss, their_score
+from bench.random_model import ARCHITECTURES, SIZES, Size, make_example, make_processor, make_prompts
 
 CPU = torch.device("cpu")
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # of whole steps, which take what there is
-CLOSE = step_against_trl.CLOSE["cuda"] if DEVICE.type == "cuda" else 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -129,80 +119,3 @@ def test_the_result_has_everything(case, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "| - | - | - | unpacked: out of memory |" in out and "`generate`" in out and "a step of 6 rows" in out
     assert json.loads((tmp_path / "new" / "packed.json").read_text())["speedup"]["update"]
-
-
-@pytest.fixture(scope="module")
-def job(tmp_path_factory):
-    return make_job(tmp_path_factory.mktemp("job"), "tiny", DEVICE, prompts=2, groups_at_once=1, checkpointing=False)
-
-
-def rows_capture(case: Case, job) -> Capture:
-    """The first step of a trainer of rows on the case's group, twice with other advantages."""
-    processor = load_processor(job.model, job.pixels, job.pixels)
-    prompts = [
-        make_prompt(example, make_image(job.size, i).convert("RGB"), processor, "brief")
-        for i, example in enumerate(job.examples)
-    ]
-    completions = torch.stack([r.tokens for r in case.group.rollouts])
-    advantages = torch.tensor([[1.0, -1.0], [0.5, -0.5]])
-    clear(case)
-    for prompt, advantage in zip(prompts, advantages, strict=True):
-        alone = replace(case, group=replace(case.group, prompt=prompt), advantages=advantage)
-        (their_loss(replace(alone, old_logp=their_score(alone))) / 2).backward()
-    grads = {name: weight.grad for name, weight in case.vlm.named_parameters()}
-    clear(case)
-    return Capture(torch.stack([p.input_ids for p in prompts]), torch.stack([completions] * 2), advantages, grads)
-
-
-def test_our_step_and_its_gradient(case, job):
-    theirs = rows_capture(case, job)
-    with join_ranks() as ranks:
-        ours = OurSide(job, ranks)
-        assert ours.compare(theirs) < CLOSE
-        assert ours.compare(theirs._replace(advantages=theirs.advantages.flip(0))) > 0.3
-        with pytest.raises(ValueError, match="want the same prompts on both sides"):
-            ours.compare(theirs._replace(prompts=theirs.prompts.flip(0)))
-        before = ours.asker.policy.vlm.lm_head.weight.full_tensor().detach().clone()
-        seconds = coarse(ours.step())
-        assert set(seconds) == {"step", "rollout", "update", "the rest"}
-        assert not torch.equal(before, ours.asker.policy.vlm.lm_head.weight.full_tensor())
-
-
-def test_without_trl_the_missing_package_is_named(monkeypatch, capsys):
-    real = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name.split(".")[0] == "datasets":
-            raise ModuleNotFoundError(f"No module named {name!r}", name="datasets")
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr("bench.step_trl.importlib.import_module", without)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["step_against_trl"])
-    with pytest.raises(SystemExit) as stopped:
-        step_against_trl.main()
-    assert stopped.value.code == 2
-    assert "datasets is not installed: `make peers`" in capsys.readouterr().err
-
-
-def test_what_does_not_fit_is_refused(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["step_against_trl", "--model", "7b"])
-    with pytest.raises(SystemExit):
-        step_against_trl.main()
-    assert "LoRA is not built yet" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="want prompts a multiple of groups at once; got 3, 2"):
-        make_job(tmp_path, "tiny", CPU, prompts=3, groups_at_once=2, checkpointing=False)
-
-
-@pytest.mark.parametrize("run", [step_against_trl.take_turns, step_against_trl.one_after_the_other])
-def test_trl_has_our_gradients(job, tmp_path, monkeypatch, run):
-    pytest.importorskip("trl")
-    need_trl()
-    monkeypatch.setattr(step_against_trl, "one_after_the_other", run)
-    monkeypatch.setattr(step_against_trl, "take_turns", run)
-    result = step_against_trl.measure(job, tmp_path, rounds=1)
-    assert result["gradient_gap"] < CLOSE and result["speedup"] > 0
-    assert set(result["seconds"]["ours"]) == set(result["seconds"]["TRL"])
-    text = step_against_trl.render(result)
-    assert "| rollout |" in text
-    json.dumps(result)
