@@ -5,6 +5,7 @@ But that prompts are made within the step, not beside the one before, so that al
 
 import functools
 import gc
+import shutil
 import time
 from pathlib import Path
 
@@ -32,6 +33,9 @@ from medground.rollout.engine import Engine
 from medground.sharding import Ranks, WholeCopy, compute_dtype, shard
 from medground.step_metrics import Clock, step_totals
 from medground_kernels.group_advantage import group_advantage
+
+
+_STATE_BYTES = 12  # a weight and AdamW's two moments, float32
 
 
 def make_our_config(job: Job) -> Config:
@@ -105,8 +109,11 @@ class OurSide:
         self.groups, self.metrics = groups, totals.means | clock.seconds(totals)
         return {"step": self.metrics["seconds"]} | {phase: self.metrics[f"seconds_{phase}"] for phase in PHASES}
 
-    def save(self, folder: Path) -> float:
-        """Seconds of a checkpoint."""
+    def save(self, folder: Path) -> float | None:
+        """Seconds of a checkpoint; None where the disk has no room for it."""
+        needed = _STATE_BYTES * sum(weight.numel() for weight in self.asker.policy.parameters())
+        if shutil.disk_usage(folder.parent).free < 1.2 * needed:
+            return None
         start = time.perf_counter()
         save_checkpoint(folder, self.steps, self.asker.policy, self.optimizer, self.ranks, keep=1)
         return time.perf_counter() - start

@@ -3,9 +3,9 @@
     python -m profiles.record tiny-cpu --out profiles/now            2 prompts through a small model
     python -m profiles.record 3b-h100 --out profiles/now             Qwen2.5-VL-3B's shapes, 16 prompts
 
-Weights are random and every completion is of full length, so that the same tree always does the same work. First come
-steps under the phase clock alone: their seconds are those that count. Then one step under torch.profiler tells which
-kernels ran in which phase. The folder gets `profile.json`, which `profiles.compare` reads, `page.html`, and
+Weights are random and a step's number decides how long its completions are (bench/step_workloads.py), so that the same
+tree always does the same work. First come steps under the phase clock alone: their seconds are those that count. Then
+one step under torch.profiler tells which kernels ran in which phase. The folder gets `profile.json`, which `profiles.compare` reads, `page.html`, and
 `trace.json.gz` for Perfetto (ui.perfetto.dev) or chrome://tracing.
 """
 
@@ -19,13 +19,16 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from bench.step_job import make_job
+from bench.gpu_watch import GpuWatch
+from bench.step_floors import measure_rates, step_floors
+from bench.step_job import PHASES, make_job
 from bench.step_ours import OurSide
+from bench.step_workloads import WORKLOADS, find_workload
 from bench.table import environment
 from medground.sharding import join_ranks
 from medground.step_metrics import PHASE_END
@@ -33,26 +36,12 @@ from profiles.page import render_page
 from profiles.tables import phase_table
 from profiles.trace import Event, Phase, counts, cut_into_phases, idle, kernels, memory_curve
 
-FORMAT = 1
-PHASES = ("data", "prefill", "decode", "reward", "score", "update")
+FORMAT = 2
+RATES = (
+    "tokens_per_second", "processed_tokens_per_second", "unpacked_tokens_per_second", "samples_per_second",
+    "decode_tokens_per_second", "update_tokens_per_second", "operations_per_second", "mfu",
+)  # fmt: skip
 _STEP = "GRPO step"
-
-
-class Workload(NamedTuple):
-    """A step: model of `bench.random_model`, prompts, groups of a micro-batch, whether activations are recomputed."""
-
-    device: str
-    model: str
-    prompts: int
-    groups_at_once: int
-    checkpointing: bool = False
-
-
-WORKLOADS = {
-    "test": Workload("cpu", "tiny", 2, 1),
-    "tiny-cpu": Workload("cpu", "small", 2, 2),
-    "3b-h100": Workload("cuda", "3b", 16, 1, checkpointing=True),
-}
 
 
 def record(name: str, out: Path, steps: int = 5) -> dict[str, Any]:
@@ -61,31 +50,36 @@ def record(name: str, out: Path, steps: int = 5) -> dict[str, Any]:
     Raises:
         ValueError: its device is not there, or the folder holds something else than a profile.
     """
-    workload = WORKLOADS[name]
-    if (workload.device == "cuda") != torch.cuda.is_available():
-        raise ValueError(
-            f"{name}: want {workload.device}; a GPU is {'' if torch.cuda.is_available() else 'not '}visible"
-        )
+    workload = find_workload(name)
     if out.exists() and any(out.iterdir()) and not (out / "profile.json").exists():
         raise ValueError(f"{out}: want an empty folder or an older profile; it holds something else")
     with tempfile.TemporaryDirectory() as scratch, join_ranks() as ranks:
-        job = make_job(Path(scratch), workload.model, torch.device(workload.device), *workload[2:])
+        job = make_job(Path(scratch), name, workload)
+        rates = measure_rates(job)
         ours = OurSide(job, ranks)
         for _ in range(2):  # warm up; CUDA graphs are recorded
             ours.step()
         gc.collect()
-        load = OtherLoad()
-        timed = [ours.step() for _ in range(steps)]
+        timed, load = [], OtherLoad()
+        with GpuWatch() as watch:
+            for _ in range(steps):
+                timed.append(ours.step() | {"metrics": ours.metrics, "floors": step_floors(ours, rates)})
         busy = load.cores()
         traced, taken = _trace(ours)
+        metrics = [step["metrics"] for step in timed]
         result = {
             "format": FORMAT,
-            "workload": {"name": name, **job.sizes},
+            "workload": job.facts,
             "environment": environment() | {"on": workload.device},
             "others_cores": busy,
-            "phases": {phase: [step[f"seconds_{phase}"] for step in timed] for phase in PHASES},
-            "step": [step["seconds"] for step in timed],
-            "rates": {rate: median(step[rate] for step in timed) for rate in timed[0] if rate.endswith("_per_second")},
+            "gpu": watch.result(),
+            "phases": {phase: [step[phase] for step in timed] for phase in PHASES},
+            "step": [step["step"] for step in timed],
+            "floors": {phase: median(step["floors"][phase] for step in timed) for phase in PHASES},
+            "device_rates": rates._asdict(),
+            "rates": {rate: median(row[rate] for row in metrics) for rate in metrics[0] if rate in RATES},
+            "operations": [row["operations"] for row in metrics],
+            "checkpoint_seconds": ours.save(Path(scratch) / "checkpoints"),
             "traced": taken,
         }
     out.mkdir(parents=True, exist_ok=True)
@@ -147,7 +141,7 @@ def _trace(ours: OurSide) -> tuple[profile, dict[str, Any]]:
             events.append(Event(name, begin, done, on_device, event.start_thread_id(), event.flops()))
     phases = cut_into_phases(start, sorted(ends, key=lambda found: found[1]), sorted(inner, key=lambda p: p.start))
     return traced, {
-        "seconds": {phase: seconds[f"seconds_{phase}"] for phase in PHASES},
+        "seconds": {phase: seconds[phase] for phase in PHASES},
         "kernels": [asdict(kernel) for kernel in kernels(events, phases)],
         "counts": counts(events),
         "idle": idle(events, start, end) if cuda else None,

@@ -1,8 +1,10 @@
 """Whole steps as benchmarks run them, at small sizes. Nothing here looks at how fast anything was."""
 
 import json
+import shutil
 import sys
 from statistics import median
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,7 +39,7 @@ def job(tmp_path_factory) -> Job:
     return make_job(tmp_path_factory.mktemp("job"), "test", TEST)
 
 
-def test_the_plain_trainer_has_our_gradient(job):
+def test_the_plain_trainer_has_our_gradient(job, tmp_path, monkeypatch):
     with join_ranks() as ranks:
         ours, plain = OurSide(job, ranks), PlainSide(job)
         seconds = plain.step()
@@ -54,6 +56,8 @@ def test_the_plain_trainer_has_our_gradient(job):
             assert found["step"] == pytest.approx(sum(found[phase] for phase in PHASES))
         assert not torch.equal(before, ours.asker.policy.vlm.lm_head.weight.full_tensor())
         assert ours.metrics["completion_tokens"] == sum(map(sum, job.lengths(0)))
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+        assert ours.save(tmp_path / "checkpoints") is None
 
 
 def test_rows_end_where_they_are_to():
