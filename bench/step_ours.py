@@ -34,7 +34,6 @@ from medground.sharding import Ranks, WholeCopy, compute_dtype, shard
 from medground.step_metrics import Clock, step_totals
 from medground_kernels.group_advantage import group_advantage
 
-
 _STATE_BYTES = 12  # a weight and AdamW's two moments, float32
 
 

@@ -5,8 +5,8 @@
 
 Weights are random and a step's number decides how long its completions are (bench/step_workloads.py), so that the same
 tree always does the same work. First come steps under the phase clock alone: their seconds are those that count. Then
-one step under torch.profiler tells which kernels ran in which phase. The folder gets `profile.json`, which `profiles.compare` reads, `page.html`, and
-`trace.json.gz` for Perfetto (ui.perfetto.dev) or chrome://tracing.
+one step under torch.profiler tells which kernels ran in which phase. The folder gets `profile.json`, which
+`profiles.compare` reads, `page.html`, and `trace.json.gz` for Perfetto (ui.perfetto.dev) or chrome://tracing.
 """
 
 import argparse
