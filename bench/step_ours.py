@@ -65,7 +65,7 @@ class OurSide:
         config, dtype = self.config, compute_dtype(ranks, self.config.model.precision)
         processor = load_processor(job.model, config.data.min_pixels, config.data.max_pixels)
         limits = train._limits(config, job.examples, processor, job.model, dtype)
-        policy = shard(train._load(job.model, config), ranks, config.model.precision)
+        policy = shard(train._load(job.model, config, ranks), ranks, config.model.precision)
         self.optimizer = train._optimizer(policy, config)
         whole = WholeCopy(policy, ranks, config.model.precision)
         engine = Engine(whole.policy, processor.tokenizer, limits)
