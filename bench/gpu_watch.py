@@ -31,7 +31,14 @@ from bench.race import UnavailableError
 
 NO_THROTTLING = 0x1 | 0x2  # idle, applications clocks
 NOTES = {0x4: "power cap", 0x10: "sync boost", 0x100: "display clocks"}
-WARNINGS = {0x8: "hardware slowdown", 0x20: "thermal slowdown", 0x40: "hardware thermal slowdown", 0x80: "power brake"}
+WARNINGS = {
+    0x8: "hardware slowdown",
+    0x20: "thermal slowdown",
+    0x40: "hardware thermal slowdown",
+    0x80: "power brake",
+    0x200: "board limit",
+    0x400: "reliability limit",
+}
 
 End = tuple[float, float | None]
 """Seconds and the counter's joules where a run begins or ends."""

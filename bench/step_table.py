@@ -25,6 +25,14 @@ RATES = {
 }
 """Name in JSON -> what the table calls it, and its formula. All sides get the operations of ours: those of the job."""
 
+WATCHED = {
+    "power_watts": "power, W",
+    "sm_clock_mhz": "SM clock, MHz",
+    "sm_utilisation_percent": "SM utilisation, %",
+    "temperature_celsius": "temperature, C",
+}
+"""Means over a side's steps (bench/gpu_watch.py) -> what the table calls them."""
+
 PUBLISHED = (
     "Published, not measured here (EasyR1 v0.3.2, assets/baselines.md; Geo3K, Qwen2.5-VL, 8 H100 80GB, vLLM): "
     "tokens/s and GPU, counted as unpacked over the whole step, 1800 (3B), 1600 to 2000 (7B); MFU of the update "
@@ -153,7 +161,12 @@ def _rate_table(ran: dict[str, Any]) -> list[str]:
             shown = [_figure(rate, side["rates"].get(rate)) for side in ran.values()]
             lines.append(f"| {label} | " + " | ".join(shown) + " |")
     peaks = [f"{side['peak_bytes'] / 1e6:.4g}" for side in ran.values()]
-    return [*lines, "| peak memory, MB | " + " | ".join(peaks) + " |"]
+    lines.append("| peak memory, MB | " + " | ".join(peaks) + " |")
+    for name, label in WATCHED.items():
+        means = [side["gpu"].get(name, {}).get("mean") for side in ran.values()]
+        if any(mean is not None for mean in means):
+            lines.append(f"| {label} | " + " | ".join("-" if m is None else f"{m:.4g}" for m in means) + " |")
+    return lines
 
 
 def _figure(rate: str, value: float | None) -> str:

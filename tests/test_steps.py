@@ -144,6 +144,17 @@ def test_rates_by_hand(job):
     assert other["speedup"]["median"] == pytest.approx(3)
 
 
+def test_what_the_gpu_did_is_in_the_table(job, tmp_path):
+    result = measure(job, tmp_path, 1, [])
+    assert "power" not in render(result)
+    busy = {"power_watts": {"mean": 612.3}, "sm_clock_mhz": {"mean": None}, "energy_joules": 1.0}
+    heat = {"reason": "thermal slowdown", "share": 0.25, "warning": True}
+    result["sides"]["ours"]["gpu"] = busy | {"throttled": [heat], "marked": True}
+    text = render(result)
+    assert "| power, W | 612.3 |" in text and "SM clock" not in text
+    assert "ours: throttled: thermal slowdown in 25 % of samples: times are not to be trusted" in text
+
+
 def test_floors_by_hand():
     model = Model(parameters=1000, weights=100, itemsize=2, token_bytes=10)
     groups = [Sizes(5, [], [1, 4]), Sizes(2, [], [3, 2])]

@@ -15,7 +15,7 @@ from torch import Tensor
 from medground.config import Config, DataConfig, LossConfig, ModelConfig, OptimizerConfig, RolloutConfig
 from medground.records import Group
 from medground.sharding import Ranks, join_ranks, shard
-from medground.step_metrics import Totals
+from medground.step_metrics import Clock, Totals
 from medground.train import _micro_batches, _score, _update
 
 LARGEST = 150
@@ -63,7 +63,7 @@ def update(
     names = {group.prompt.input_ids.sum().item() for group in groups}
     trained = [b.packed.input_ids[: int(b.packed.ends[0]) + 1].sum().item() for b in micro]
     _score(policy, reference, micro, config)
-    statistics = _update(policy, optimizer, micro, totals, config, ranks, 0)
+    statistics = _update(policy, optimizer, micro, totals, config, ranks, 0, Clock())
     weights = {name: p.full_tensor().detach().clone() for name, p in policy.named_parameters()}
     return weights, statistics, len(set(trained) - names)
 
