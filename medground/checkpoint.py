@@ -1,8 +1,9 @@
 """Save and resume a run's state; export the policy as an ordinary model folder.
 
 A checkpoint is torch.distributed.checkpoint's sharded form of the weights that are trained and their AdamW moments,
-float32, with a small JSON file beside it. What is frozen is in the model folder still. Everything else of a run follows from its configuration and step: the data
-order, every random number and the learning rate are functions of them, so there is no other state.
+float32, with a small JSON file beside it. What is frozen is in the model folder still. Everything else of a run follows
+from its configuration and step: the data order, every random number and the learning rate are functions of them, so
+there is no other state.
 
 It is written aside and renamed when complete, so a folder `step-*` is whole. No pickle that could run
 code is loaded: tensors are read with `weights_only`, and the layout, which DCP keeps as a pickle, through

@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AutoConfig, Qwen2_5_VLForConditiona
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
 from medground.config import LoraConfig
-from medground.lora import add_adapters, adapters_off
+from medground.lora import adapters_off, add_adapters
 from medground_kernels.grpo_options import GrpoOptions, GrpoOutput
 from medground_kernels.linear_grpo import linear_grpo
 from medground_kernels.linear_logprob import linear_logprob

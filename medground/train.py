@@ -49,7 +49,6 @@ from medground_kernels.group_advantage import group_advantage
 from medground_kernels.token_logprob import TokenLogprob
 from medground_kernels.varlen_attention import backend_name
 
-
 Score = Callable[[Packed, float], TokenLogprob]
 """`Policy.forward`, or what stands in for it."""
 
