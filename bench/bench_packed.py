@@ -1,4 +1,4 @@
-"""A shared prompt beside padded rows, and a whole step beside TRL's: the programs, each in a process of its own.
+"""A shared prompt beside padded rows, a whole step beside TRL's, an update beside DeepSpeed's: each program by itself.
 
 Their tables are printed, their JSON lies beside that of the kernels; nothing fails on a bar.
 """
@@ -51,3 +51,9 @@ def test_step_against_trl(program):
         pytest.skip(f"not installed: {', '.join(missing)}")
     options = ("--checkpointing", "--rounds", "3") if DEVICE == "cuda" else ()
     program("step_against_trl", *options)
+
+
+def test_zero(program):
+    if find_spec("deepspeed") is None:
+        pytest.skip("not installed: deepspeed")
+    program("zero", *(("--checkpointing",) if DEVICE == "cuda" else ("--prompts", "1", "--rounds", "2")))
