@@ -25,7 +25,7 @@ help:
 	@echo "make test    run every test and print the coverage (ARGS='-k records' narrows it)"
 	@echo "make mutate  change the kernels line by line and count what the tests notice (ARGS=token_logprob narrows it)"
 	@echo "make lint    check style, imports and types"
-	@echo "make peers   install TRL, Liger and cut-cross-entropy into peers/, to be measured too"
+	@echo "make peers   install TRL, Liger, cut-cross-entropy and DeepSpeed into peers/, to be measured too"
 	@echo "make bench   measure the kernels beside their peers (ARGS='-k sample' narrows it, ARGS=--save keeps it)"
 	@echo "make gpu     run every test and the benchmark on the GPU with PYTHON=, which has torch already; installs nothing"
 	@echo "make clean   remove .venv and caches; runs/ stays"
@@ -86,9 +86,18 @@ types: setup $(LINK)
 TRL_NEEDS := accelerate==1.15.0 psutil==7.2.2 datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19 pandas==3.1.1 \
 	python-dateutil==4.0.0 tzdata==2026.6 pyarrow==26.0.1 xxhash==4.1.0
 
-# beside ours in benchmarks; apart from .venv, so that nothing of theirs is ever imported elsewhere
+DEEPSPEED := 0.19.8
+DEEPSPEED_NEEDS := einops==0.8.2 hjson==3.1.0 msgpack==1.2.4 ninja==1.13.2
+WHEELS := .path/wheels
+
+# beside ours in benchmarks; apart from .venv, so that nothing of theirs is ever imported elsewhere. DeepSpeed has no
+# wheel: it is built first, with .venv's torch, and where that fails the others are installed all the same. One command
+# installs all, since pip puts programs (ninja) into a --target folder only once.
 peers: | setup
-	$(PIP) install -q --no-deps --target $@ trl==1.16.0 liger-kernel==0.8.5 cut-cross-entropy==25.1.1 $(TRL_NEEDS)
+	$(PIP) wheel -q --no-deps --no-build-isolation --wheel-dir $(WHEELS) deepspeed==$(DEEPSPEED) || \
+	  echo "DeepSpeed $(DEEPSPEED) could not be built: bench.zero will say so. To try again: rm -r $@ and make $@" >&2
+	$(PIP) install -q --no-deps --target $@ trl==1.16.0 liger-kernel==0.8.5 cut-cross-entropy==25.1.1 $(TRL_NEEDS) \
+	  $(DEEPSPEED_NEEDS) $$(ls $(WHEELS)/deepspeed-$(DEEPSPEED)-*.whl 2>/dev/null)
 
 bench: export PYTHONPATH := $(CURDIR)/peers$(if $(PYTHONPATH),:$(PYTHONPATH))
 bench: setup
