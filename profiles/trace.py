@@ -137,7 +137,7 @@ def _innermost(events: Iterable[Event]) -> Iterator[tuple[Event, list[tuple[int,
             outer, stretches, since = under_way.pop()
             if since < event.start:
                 stretches.append((since, event.start))
-            under_way.append((outer, stretches, min(event.end, outer.end)))
+            under_way.append((outer, stretches, event.end))
         under_way.append((event, [], event.start))
     while under_way:
         yield closed(*under_way.pop())
