@@ -1,7 +1,7 @@
 """Record what whole GRPO steps cost and what they spend it on.
 
     python -m profiles.record tiny-cpu --out profiles/now            2 prompts through a small model
-    python -m profiles.record 3b-h100 --out profiles/now             Qwen2.5-VL-3B's shapes, 16 prompts
+    python -m profiles.record 3b-h100 --out profiles/now --keep      Qwen2.5-VL-3B's shapes, 16 prompts; kept
 
 Weights are random and every completion is of full length, so that the same tree always does the same work. First come
 steps under the phase clock alone: their seconds are those that count. Then one step under torch.profiler tells which
@@ -30,10 +30,11 @@ from bench.table import environment
 from medground.sharding import join_ranks
 from medground.step_metrics import PHASE_END
 from profiles.page import render_page
+from profiles.stored import FORMAT, history_path, keep, load_history
 from profiles.tables import phase_table
-from profiles.trace import Event, Phase, counts, cut_into_phases, idle, kernels, memory_curve
+from profiles.throttle import Throttle
+from profiles.trace import Event, Phase, counts, cut_into_phases, idle, kernels, memory_curve, timeline
 
-FORMAT = 1
 PHASES = ("data", "prefill", "decode", "reward", "score", "update")
 _STEP = "GRPO step"
 
@@ -75,7 +76,8 @@ def record(name: str, out: Path, steps: int = 5) -> dict[str, Any]:
             ours.step()
         gc.collect()
         load = OtherLoad()
-        timed = [ours.step() for _ in range(steps)]
+        with Throttle() as throttle:
+            timed = [ours.step() for _ in range(steps)]
         busy = load.cores()
         traced, taken = _trace(ours)
         result = {
@@ -83,6 +85,7 @@ def record(name: str, out: Path, steps: int = 5) -> dict[str, Any]:
             "workload": {"name": name, **job.sizes},
             "environment": environment() | {"on": workload.device},
             "others_cores": busy,
+            "throttled": throttle.share,
             "phases": {phase: [step[f"seconds_{phase}"] for step in timed] for phase in PHASES},
             "step": [step["seconds"] for step in timed],
             "rates": {rate: median(step[rate] for step in timed) for rate in timed[0] if rate.endswith("_per_second")},
@@ -146,12 +149,16 @@ def _trace(ours: OurSide) -> tuple[profile, dict[str, Any]]:
         else:
             events.append(Event(name, begin, done, on_device, event.start_thread_id(), event.flops()))
     phases = cut_into_phases(start, sorted(ends, key=lambda found: found[1]), sorted(inner, key=lambda p: p.start))
+    curve = memory_curve(changes, start, end)
     return traced, {
+        "step": seconds["seconds"],
         "seconds": {phase: seconds[f"seconds_{phase}"] for phase in PHASES},
         "kernels": [asdict(kernel) for kernel in kernels(events, phases)],
         "counts": counts(events),
         "idle": idle(events, start, end) if cuda else None,
-        "memory": memory_curve(changes, start, end),
+        "peak_memory": max(held for _, held in curve),
+        "memory": curve,
+        "timeline": timeline(events, phases, start, end),
     }
 
 
@@ -160,15 +167,21 @@ def main() -> None:
     parser.add_argument("workload", choices=tuple(WORKLOADS))
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--steps", type=int, default=5, help="timed steps, beside two to warm up and one traced")
+    parser.add_argument("--keep", action="store_true", help="append the record to the device's history in profiles/")
+    parser.add_argument("--anyway", action="store_true", help="keep it though the machine was disturbed")
     args = parser.parse_args()
     if args.steps < 3:
         parser.error(f"--steps: want at least 3, for a spread; got {args.steps}")
     try:
+        if args.keep:
+            load_history(history_path(args.workload))  # damaged, it is refused before the first step
         result = record(args.workload, args.out, args.steps)
+        print(phase_table(result))
+        print("\n" + ", ".join(f"{args.out}/{name}" for name in ("page.html", "profile.json", "trace.json.gz")))
+        if args.keep:
+            print(f"Kept in {keep(result, args.anyway)}.")
     except ValueError as error:
         sys.exit(f"profiles.record: {error}")
-    print(phase_table(result))
-    print("\n" + ", ".join(f"{args.out}/{name}" for name in ("page.html", "profile.json", "trace.json.gz")))
 
 
 if __name__ == "__main__":
