@@ -17,7 +17,7 @@ comma := ,
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 EXTRAS := $(if $(HAS_GPU),dev$(comma)gpu,dev)
 
-.PHONY: help setup test demo mutate lint types bench gpu clean
+.PHONY: help setup test demo mutate lint types bench bench-check gpu clean
 
 help:
 	@echo "make setup   make the environment .venv (PYTHON=python3.12 picks the interpreter)"
@@ -27,6 +27,7 @@ help:
 	@echo "make lint    check style, imports and types"
 	@echo "make peers   install TRL, Liger, cut-cross-entropy and DeepSpeed into peers/, to be measured too"
 	@echo "make bench   measure the kernels beside their peers (ARGS='-k sample' narrows it, ARGS=--save keeps it)"
+	@echo "make bench-check  record whole steps and compare them with the last kept ones (ARGS=tiny-cpu narrows it)"
 	@echo "make gpu     run every test and the benchmark on the GPU with PYTHON=, which has torch already; installs nothing"
 	@echo "make clean   remove .venv and caches; runs/ stays"
 
@@ -102,6 +103,9 @@ peers: | setup
 bench: export PYTHONPATH := $(CURDIR)/peers$(if $(PYTHONPATH),:$(PYTHONPATH))
 bench: setup
 	$(PY) -m pytest bench -q $(ARGS)
+
+bench-check: setup
+	$(PY) -m profiles.check $(ARGS)
 
 gpu: export PYTHONPATH := $(CURDIR):$(CURDIR)/.path:$(CURDIR)/peers$(if $(PYTHONPATH),:$(PYTHONPATH))
 gpu: $(LINK)
