@@ -26,9 +26,9 @@ help:
 	@echo "make mutate  change the kernels line by line and count what the tests notice (ARGS=token_logprob narrows it)"
 	@echo "make lint    check style, imports and types"
 	@echo "make peers   install TRL, Liger, cut-cross-entropy and DeepSpeed into peers/, to be measured too"
-	@echo "make bench   measure the kernels beside their peers (ARGS='-k sample' narrows it, ARGS=--save keeps it)"
+	@echo "make bench   measure steps and kernels beside their peers (ARGS='-k steps' narrows it, ARGS=--save keeps it)"
 	@echo "make bench-check  record whole steps and compare them with the last kept ones (ARGS=tiny-cpu narrows it)"
-	@echo "make gpu     run every test and the benchmark on the GPU with PYTHON=, which has torch already; installs nothing"
+	@echo "make gpu     run every test, the benchmark and a profile on the GPU with PYTHON=, which has torch; installs nothing"
 	@echo "make clean   remove .venv and caches; runs/ stays"
 
 setup: $(STAMP)
@@ -114,6 +114,7 @@ gpu: $(LINK)
 	  echo "torch.cuda.is_available() is False for '$(PYTHON)': make gpu needs an NVIDIA GPU and a CUDA build" >&2; exit 1; }
 	$(PYTHON) -m pytest tests -q $(ARGS)
 	$(PYTHON) -m pytest bench -q $(BENCH)
+	$(PYTHON) -m profiles.record 3b-h100 --out runs/profiles/3b-h100 --keep
 
 clean:
 	rm -rf $(VENV) .path peers build *.egg-info .coverage .coverage.* .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

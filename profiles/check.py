@@ -2,6 +2,8 @@
 
 python -m profiles.check                             every workload that has a history
 python -m profiles.check tiny-cpu --fail-over 10%    exit status 1 where a phase or the step is slower by more
+
+Status 2, no verdict: nothing to compare with, or a disturbed machine on which something was slower.
 """
 
 import argparse
@@ -54,7 +56,10 @@ def main() -> None:
             about = kept["environment"]
             print(f"## {name} since {(about['commit'] or 'unknown')[:10]} of {about['date'][:10]}\n")
             print(render(found) + "\n")
-            worse |= bool(found.slower(args.fail_over))
+            slower = found.slower(args.fail_over)
+            if slower and found.warnings:
+                raise ValueError(f"{name}: {', '.join(c.name for c in slower)} slower, but: {' '.join(found.warnings)}")
+            worse |= bool(slower)
     except ValueError as error:
         print(f"profiles.check: {error}", file=sys.stderr)
         sys.exit(2)

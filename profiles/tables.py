@@ -33,8 +33,7 @@ def phase_table(result: dict[str, Any], shown: int = 3) -> str:
     lines.append(
         f"| step | {whole * 1e3:.4g} | {min(result['step']) * 1e3:.4g} to {max(result['step']) * 1e3:.4g} | | |"
     )
-    rates = ", ".join(f"{name.removesuffix('_per_second')} {rate:.4g}/s" for name, rate in result["rates"].items())
-    lines += ["", rates[0].upper() + rates[1:] + "."]
+    lines += ["", ", ".join(f"{rate_label(name)} {rate:.4g}" for name, rate in result["rates"].items())]
     lines += disturbances(result)
     if found := result["traced"]["idle"]:
         lines.append("GPU: " + ", ".join(f"{cause} {seconds * 1e3:.4g} ms" for cause, seconds in found.items()) + ".")

@@ -147,6 +147,15 @@ def test_the_check_compares_with_the_last_entry(at, monkeypatch, capsys):
     assert taken == ["test"] * 3
 
 
+def test_a_disturbed_check_decides_nothing(at, monkeypatch, capsys):
+    keep(kept("test"), folder=at)
+    monkeypatch.setattr(check, "record", lambda name, _: kept(name, scale=1.5) | {"others_cores": 0.9})
+    assert run(monkeypatch, check) == 2
+    assert "test: update slower, but: After: Other processes used 0.9 cores" in capsys.readouterr().err
+    monkeypatch.setattr(check, "record", lambda name, _: kept(name) | {"others_cores": 0.9})
+    assert run(monkeypatch, check) == 0
+
+
 def test_the_check_needs_something_to_compare_with(at, monkeypatch, capsys):
     assert run(monkeypatch, check) == 2
     assert "want a record to compare with; of test, tiny-cpu, 3b-h100 none was kept on" in capsys.readouterr().err
