@@ -17,7 +17,7 @@ comma := ,
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 EXTRAS := $(if $(HAS_GPU),dev$(comma)gpu,dev)
 
-.PHONY: help setup test demo mutate lint types bench gpu clean
+.PHONY: help setup test demo mutate lint types bench bench-check gpu clean
 
 help:
 	@echo "make setup   make the environment .venv (PYTHON=python3.12 picks the interpreter)"
@@ -25,9 +25,10 @@ help:
 	@echo "make test    run every test and print the coverage (ARGS='-k records' narrows it)"
 	@echo "make mutate  change the kernels line by line and count what the tests notice (ARGS=token_logprob narrows it)"
 	@echo "make lint    check style, imports and types"
-	@echo "make peers   install TRL, Liger and cut-cross-entropy into peers/, to be measured too"
-	@echo "make bench   measure the kernels beside their peers (ARGS='-k sample' narrows it, ARGS=--save keeps it)"
-	@echo "make gpu     run every test and the benchmark on the GPU with PYTHON=, which has torch already; installs nothing"
+	@echo "make peers   install TRL, Liger, cut-cross-entropy and DeepSpeed into peers/, to be measured too"
+	@echo "make bench   measure steps and kernels beside their peers (ARGS='-k steps' narrows it, ARGS=--save keeps it)"
+	@echo "make bench-check  record whole steps and compare them with the last kept ones (ARGS=tiny-cpu narrows it)"
+	@echo "make gpu     run every test, the benchmark and a profile on the GPU with PYTHON=, which has torch; installs nothing"
 	@echo "make clean   remove .venv and caches; runs/ stays"
 
 setup: $(STAMP)
@@ -86,13 +87,25 @@ types: setup $(LINK)
 TRL_NEEDS := accelerate==1.15.0 psutil==7.2.2 datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19 pandas==3.1.1 \
 	python-dateutil==4.0.0 tzdata==2026.6 pyarrow==26.0.1 xxhash==4.1.0
 
-# beside ours in benchmarks; apart from .venv, so that nothing of theirs is ever imported elsewhere
+DEEPSPEED := 0.19.8
+DEEPSPEED_NEEDS := einops==0.8.2 hjson==3.1.0 msgpack==1.2.4 ninja==1.13.2
+WHEELS := .path/wheels
+
+# beside ours in benchmarks; apart from .venv, so that nothing of theirs is ever imported elsewhere. DeepSpeed has no
+# wheel: it is built first, with .venv's torch, and where that fails the others are installed all the same. One command
+# installs all, since pip puts programs (ninja) into a --target folder only once.
 peers: | setup
-	$(PIP) install -q --no-deps --target $@ trl==1.16.0 liger-kernel==0.8.5 cut-cross-entropy==25.1.1 $(TRL_NEEDS)
+	$(PIP) wheel -q --no-deps --no-build-isolation --wheel-dir $(WHEELS) deepspeed==$(DEEPSPEED) || \
+	  echo "DeepSpeed $(DEEPSPEED) could not be built: bench.zero will say so. To try again: rm -r $@ and make $@" >&2
+	$(PIP) install -q --no-deps --target $@ trl==1.16.0 liger-kernel==0.8.5 cut-cross-entropy==25.1.1 $(TRL_NEEDS) \
+	  $(DEEPSPEED_NEEDS) $$(ls $(WHEELS)/deepspeed-$(DEEPSPEED)-*.whl 2>/dev/null)
 
 bench: export PYTHONPATH := $(CURDIR)/peers$(if $(PYTHONPATH),:$(PYTHONPATH))
 bench: setup
 	$(PY) -m pytest bench -q $(ARGS)
+
+bench-check: setup
+	$(PY) -m profiles.check $(ARGS)
 
 gpu: export PYTHONPATH := $(CURDIR):$(CURDIR)/.path:$(CURDIR)/peers$(if $(PYTHONPATH),:$(PYTHONPATH))
 gpu: $(LINK)
@@ -101,6 +114,7 @@ gpu: $(LINK)
 	  echo "torch.cuda.is_available() is False for '$(PYTHON)': make gpu needs an NVIDIA GPU and a CUDA build" >&2; exit 1; }
 	$(PYTHON) -m pytest tests -q $(ARGS)
 	$(PYTHON) -m pytest bench -q $(BENCH)
+	$(PYTHON) -m profiles.record 3b-h100 --out runs/profiles/3b-h100 --keep
 
 clean:
 	rm -rf $(VENV) .path peers build *.egg-info .coverage .coverage.* .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

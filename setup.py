@@ -47,6 +47,7 @@ setup(
         "medical": ["nibabel", "pydicom"],
         "dev": [
             "hypothesis",
+            "matplotlib",
             "mypy",
             "pre-commit",
             "pydicom",

@@ -1,11 +1,12 @@
-"""A shared prompt beside padded rows: the program, in a process of its own.
+"""A shared prompt beside padded rows, an update beside DeepSpeed's: each program in a process of its own.
 
-Its table is printed, its JSON lies beside that of the kernels; nothing fails on a bar.
+Their tables are printed, their JSON lies beside that of the kernels; nothing fails on a bar.
 """
 
 import gc
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,9 @@ def program(capsys, pytestconfig):
 
 def test_packed(program):
     program("packed")
+
+
+def test_zero(program):
+    if find_spec("deepspeed") is None:
+        pytest.skip("not installed: deepspeed")
+    program("zero", *(("--checkpointing",) if DEVICE == "cuda" else ("--prompts", "1", "--rounds", "2")))

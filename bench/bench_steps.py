@@ -26,4 +26,4 @@ def test_steps(name: str, benchmark, tmp_path: Path, capsys, pytestconfig):
     folder = ROOT / ("profiles" if pytestconfig.getoption("--save") else ".benchmarks") / device_slug()
     with capsys.disabled():
         print("\n")
-        write(result, render(result), folder / f"{name}.table.json")
+        write(result, render(result), folder / "tables" / f"{name}.json")

@@ -58,16 +58,30 @@ class Case:
 
 
 def make_case(name: str, device: torch.device, prompts: int = 8) -> Case:
-    """A model by its name; completions are random tokens, the old policy is 10 % off."""
+    """A model by its name, at its usual size."""
     shape, size = ARCHITECTURES[name], SIZES[name]
-    processor = make_processor(shape.V, size)
-    vlm = make_vlm(make_config(shape, processor), device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    return case_of(name, shape, size, make_model(shape, device), prompts)
+
+
+def make_model(shape: Architecture, device: torch.device) -> Qwen2_5_VLForConditionalGeneration:
+    """Random weights: bfloat16 on CUDA, float32 on a CPU."""
+    config = make_config(
+        shape, make_processor(shape.V, SIZES["tiny"])
+    )  # which asks for the ids of special tokens alone
+    return make_vlm(config, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+
+
+def case_of(
+    name: str, shape: Architecture, size: Size, vlm: Qwen2_5_VLForConditionalGeneration, prompts: int = 1
+) -> Case:
+    """A model's prompts and group of any size; completions are random tokens, the old policy is 10 % off."""
+    processor, policy = make_processor(shape.V, size), policy_of(vlm)
     asked = make_prompts(processor, size, prompts)
     (group,) = make_groups(asked[:1], shape.V, size)
     generator = torch.Generator().manual_seed(1)
-    advantages, noise = (torch.randn(n, generator=generator).to(device) for n in (size.G, size.G * size.C))
-    case = Case(name, shape, size, processor, vlm, policy_of(vlm), asked, group, advantages, noise)
-    return replace(case, old_logp=their_score(case) + 0.1 * noise)
+    advantages, noise = (torch.randn(n, generator=generator).to(policy.device) for n in (size.G, size.G * size.C))
+    case = Case(name, shape, size, processor, vlm, policy, asked, group, advantages, noise)
+    return replace(case, old_logp=our_score(case, [group]) + 0.1 * noise)
 
 
 def separate(case: Case, image_once: bool) -> list[Group]:
@@ -116,9 +130,13 @@ def _their_logp(case: Case, group: Group) -> Tensor:
 
 def make_engine(case: Case, prompts: int) -> Engine:
     """Decodes all completions of as many prompts at once."""
+    return Engine(case.policy, case.processor.tokenizer, limits_of(case, prompts))
+
+
+def limits_of(case: Case, prompts: int) -> Limits:
+    """What that takes."""
     P, _, G, C = case.size
-    limits = Limits(P, C, max_rows=prompts * G, cache_bytes=16e9, prefill_tokens=prompts * P)
-    return Engine(case.policy, case.processor.tokenizer, limits)
+    return Limits(P, C, max_rows=prompts * G, cache_bytes=16e9, prefill_tokens=prompts * P)
 
 
 def our_rollout(case: Case, engine: Engine, prompts: int) -> list[Group]:

@@ -1,7 +1,7 @@
 """Whole GRPO steps: ours beside TRL and a plain trainer, phase by phase, with tokens a second and the floor.
 
     make peers; PYTHONPATH=peers python -m bench.steps tiny-cpu
-    PYTHONPATH=peers python -m bench.steps 3b-h100 --json profiles/h100/3b-h100.table.json
+    PYTHONPATH=peers python -m bench.steps 3b-h100 --json FILE
 
 All get the same model, prompts, images, lengths of answers (bench/step_workloads.py) and reward, dapo without a
 reference, AdamW, float32 weights and, on a GPU, bfloat16 computation.

@@ -22,7 +22,9 @@ from pathlib import Path
 import torch
 
 NAN = float("nan")
-PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "pytest-benchmark")
+PACKAGES = (
+    "torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "deepspeed", "pytest-benchmark"
+)  # fmt: skip
 
 
 @dataclass

@@ -18,7 +18,7 @@ _BY_NAME = (
         r"gemm|gemv|nvjet|cutlass|cublas|xmma|wgmma|splitK|convolution|conv2d|conv3d"
         r"|aten::(mm|bmm|addmm|baddbmm|addmv|mv|dot|matmul|linear)$",
     ),
-    ("host", r"^autograd::|^torch::|Backward\d*$|^FSDP|^Optimizer\.|^cuda[A-Z]|^cu[A-Z]|^CompiledFunction"),
+    ("host", r"^autograd::|^torch::|(?-i:Backward)\d*$|^FSDP|^Optimizer\.|^cuda[A-Z]|^cu[A-Z]|^CompiledFunction"),
     ("optimizer", r"adam|multi_tensor|_foreach"),
     (
         "copy",

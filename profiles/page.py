@@ -1,124 +1,99 @@
-"""A profile as one HTML page that needs nothing else: phases by kind of work, kernels, memory, environment."""
+"""A profile as one HTML page that needs nothing else: phases by kind of work, time line, memory, kernels."""
 
 from html import escape
 from statistics import median
 from typing import Any
 
-from medground.report.style import STYLE
-from profiles.groups import GROUPS
-from profiles.tables import by_group, shared_machine
+from medground.report.plots import number
+from profiles import curves, drawing
+from profiles.tables import by_group, disturbances, rate_label
 
-# one for each of GROUPS, told apart in light and dark
-_COLOURS = (
-    "#b07aa1",
-    "#e15759",
-    "#f28e2b",
-    "#59a14f",
-    "#edc948",
-    "#4e79a7",
-    "#9c755f",
-    "#ff9da7",
-    "#86bcb6",
-    "#bab0ac",
+BARS = (
+    "A bar is the median of the timed steps, a dot each of them; its colours share it out as one more step spent it "
+    "under the profiler."
 )
-_MORE_STYLE = """
-.bar { display: flex; height: 20px; } .bar i { display: block; }
-.row { display: grid; grid-template-columns: 80px 1fr 110px; gap: 10px; align-items: center; margin: 6px 0; }
-.row span:last-child { text-align: right; white-space: nowrap; }
-.key { display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 12px 0; }
-.key b { display: inline-block; width: 12px; height: 12px; margin-right: 5px; }
-svg { width: 100%; height: 180px; }
-"""
 
 
 def render_page(result: dict[str, Any], shown: int = 40) -> str:
-    """The page. Bars are as long as a phase's median; their colours share it out as the traced step spent it."""
-    workload, about = result["workload"], result["environment"]
-    title = f"{workload['name']} on {about['device']}"
-    whole = median(result["step"])
-    warning = shared_machine(result)
+    """The page; bars are as long as a phase's median, their colours share it out as the traced step spent it."""
+    workload, about, traced = result["workload"], result["environment"], result["traced"]
+    kinds = {kernel["group"] for kernel in traced["kernels"]}
     parts = [
-        f"<h1>{escape(title)}</h1>",
-        f"<p>One GRPO step: {_listed({k: v for k, v in workload.items() if k != 'name'})}.</p>",
-        f'<p class="progress">{escape(warning)}</p>' if warning else "",
-        f"<h2>A step takes {whole * 1e3:.4g} ms</h2>",
-        *_bars(result),
-        _key(),
-        f"<p>{_listed({k.removesuffix('_per_second'): f'{v:.4g}/s' for k, v in result['rates'].items()})}.</p>",
-        _idle(result["traced"]["idle"]),
-        "<h2>Kernels of the traced step</h2>",
-        _kernels(result["traced"]["kernels"], shown),
+        '<p class="eyebrow">Profile of a GRPO step</p>',
+        f"<h1>{escape(workload['name'])} on {escape(about['device'])}</h1>",
+        drawing.facts(
+            {k: v for k, v in workload.items() if k != "name"} | {"commit": commit(about), "date": date(about)}
+        ),
+        drawing.warnings(disturbances(result)),
+        _tiles(result),
+        "<h2>Phases</h2>",
+        f'<div class="card">{drawing.key(kinds)}{_phases(result)}</div>',
+        f'<p class="note">{BARS}</p>',
+        "<h2>Time line of the traced step</h2>",
+        curves.time_line("Phases and kinds of work", traced["timeline"], traced["step"]),
         "<h2>Memory of the traced step</h2>",
-        _memory(result["traced"]["memory"]),
+        curves.memory("MB beyond what was held before it", [("memory", "s0", traced["memory"])]),
+        "<h2>Kernels of the traced step</h2>",
+        _kernels(traced, shown),
+        drawing.facts({name: number(count) for name, count in traced["counts"].items()}),
         "<h2>Environment</h2>",
-        f"<p>{_listed(about)}.</p>",
+        drawing.facts({k: v for k, v in about.items() if k != "packages"} | about.get("packages", {})),
     ]
-    head = (
-        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}{_MORE_STYLE}</style>"
-    )
-    body = "\n".join(part for part in parts if part)
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body><main>\n{body}\n</main></body></html>\n'
+    return drawing.page(f"{workload['name']} on {about['device']}", parts, curves.STYLE)
 
 
-def _listed(facts: dict[str, Any]) -> str:
-    return escape(", ".join(f"{name} {value}" for name, value in facts.items()))
+def commit(about: dict[str, Any]) -> str:
+    """The commit that was measured, short."""
+    return (about.get("commit") or "unknown")[:10] + (", with changes" if about.get("dirty") else "")
 
 
-def _bars(result: dict[str, Any]) -> list[str]:
-    groups = by_group(result["traced"]["kernels"])
-    medians = {phase: median(seconds) for phase, seconds in result["phases"].items()}
-    longest = max(medians.values())
-    rows = []
-    for phase, seconds in medians.items():
-        mine = {group: groups[phase, group]["seconds"] for group in GROUPS if (phase, group) in groups}
-        # what of the phase no kernel accounts for stays empty
-        traced = max(result["traced"]["seconds"][phase], sum(mine.values()), 1e-12)
-        pieces = "".join(
-            f'<i style="width:{own / traced * seconds / longest:.2%};background:{_COLOURS[GROUPS.index(group)]}" '
-            f'title="{escape(group)}: {own * 1e3:.4g} ms of {traced * 1e3:.4g}"></i>'
-            for group, own in mine.items()
-        )
-        spread = f"{min(result['phases'][phase]) * 1e3:.4g} to {max(result['phases'][phase]) * 1e3:.4g} ms"
+def date(about: dict[str, Any]) -> str:
+    """When, to the minute."""
+    return about["date"][:16].replace("T", " ")
+
+
+def _tiles(result: dict[str, Any]) -> str:
+    step, traced = result["step"], result["traced"]
+    found = [("step", drawing.ms(median(step)), f"{drawing.ms(min(step), '')} to {drawing.ms(max(step))}")]
+    found += [(rate_label(name), number(rate), "median of the timed steps") for name, rate in result["rates"].items()]
+    peak = f"{number(traced['peak_memory'] / 1e6)} MB"
+    found.append(("peak memory", peak, "of the traced step, beyond what was held"))
+    if traced["idle"]:
+        told = ", ".join(f"{cause} {drawing.ms(s)}" for cause, s in traced["idle"].items() if cause != "busy")
+        found.append(("GPU busy", f"{traced['idle']['busy'] / traced['step']:.1%}", f"idle: {told}"))
+    return drawing.tiles((name, escape(value), note) for name, value, note in found)
+
+
+def _phases(result: dict[str, Any]) -> str:
+    groups, floors = by_group(result["traced"]["kernels"]), result.get("floors") or {}
+    longest = max(max(seconds) for seconds in result["phases"].values())
+    whole, rows = median(result["step"]), []
+    for phase, seconds in result["phases"].items():
+        spent = {group: sums["seconds"] for (p, group), sums in groups.items() if p == phase}
+        floor = floors.get(phase)
+        notes = f"<small>{drawing.percent(median(seconds) / whole)} of the step</small>"
+        if floor:
+            notes += f"<small>floor / time {floor / median(seconds):.0%}</small>"
+        bar = drawing.lane(seconds, longest, spent, result["traced"]["seconds"].get(phase, 0.0), floor)
         rows.append(
-            f'<div class="row"><span>{escape(phase)}</span><div class="bar">{pieces}</div>'
-            f'<span title="{spread}">{seconds * 1e3:.4g} ms</span></div>'
+            f'<div class="phase"><span class="name">{escape(phase)}</span>{bar}'
+            f'<span class="numbers">{drawing.ms(median(seconds))}{notes}</span></div>'
         )
-    return rows
+    return "".join(rows)
 
 
-def _key() -> str:
-    items = (f'<span><b style="background:{c}"></b>{escape(g)}</span>' for g, c in zip(GROUPS, _COLOURS, strict=True))
-    return f'<div class="key">{"".join(items)}</div>'
-
-
-def _idle(found: dict[str, float] | None) -> str:
-    return (
-        f"<p>GPU: {_listed({cause: f'{seconds * 1e3:.4g} ms' for cause, seconds in found.items()})}.</p>"
-        if found
-        else ""
-    )
-
-
-def _kernels(rows: list[dict[str, Any]], shown: int) -> str:
-    total = sum(row["seconds"] for row in rows) or 1.0
-    lines = [
-        f"<tr><td>{escape(row['name'])}</td><td>{escape(row['phase'])}</td><td>{escape(row['group'])}</td>"
-        f"<td>{row['calls']}</td><td>{row['seconds'] * 1e3:.4g}</td><td>{row['seconds'] / row['calls'] * 1e6:.4g}</td>"
-        f"<td>{row['seconds'] / total:.1%}</td></tr>"
-        for row in rows[:shown]
-    ]
-    left = f"<p>{len(rows) - shown} more are in profile.json.</p>" if len(rows) > shown else ""
-    head = "<tr><th>kernel</th><th>phase</th><th>kind</th><th>calls</th><th>ms</th><th>us each</th><th>share</th></tr>"
-    return f'<div class="scroll"><table>{head}{"".join(lines)}</table></div>{left}'
-
-
-def _memory(curve: list[list[float]]) -> str:
-    most, last = max(held for _, held in curve) or 1, curve[-1][0] or 1
-    points = " ".join(f"{at / last * 1000:.1f},{198 - held / most * 190:.1f}" for at, held in curve)
-    return (
-        f"<p>At most {most / 1e6:.4g} MB beyond what was held before it.</p>"
-        f'<svg viewBox="0 0 1000 200" preserveAspectRatio="none" role="img" aria-label="memory over the step">'
-        f'<polyline points="{points}" fill="none" stroke="#4e79a7" stroke-width="2" '
-        'vector-effect="non-scaling-stroke"/></svg>'
-    )
+def _kernels(traced: dict[str, Any], shown: int) -> str:
+    kernels = traced["kernels"]
+    rows = []
+    for k in kernels[:shown]:
+        share = k["seconds"] / traced["step"]
+        rows.append(
+            (
+                drawing.kernel(k["name"], k["phase"], k["group"]), drawing.ms(k["seconds"], ""), f"{k['calls']:,}",
+                number(k["seconds"] / k["calls"] * 1e6), drawing.percent(share),
+                drawing.share_bar(k["seconds"] / max(kernels[0]["seconds"], 1e-12)),
+            )
+        )  # fmt: skip
+    head = ("kernel", "ms", "calls", "us each", "of the step", "")
+    left = f"<p class='note'>{len(kernels) - shown} more are in profile.json.</p>" if len(kernels) > shown else ""
+    return drawing.table(head, rows, numbers=(1, 2, 3, 4)) + left

@@ -1,7 +1,7 @@
 """Record what whole GRPO steps cost and what they spend it on.
 
     python -m profiles.record tiny-cpu --out profiles/now            2 prompts through a small model
-    python -m profiles.record 3b-h100 --out profiles/now             Qwen2.5-VL-3B's shapes, 16 prompts
+    python -m profiles.record 3b-h100 --out profiles/now --keep      Qwen2.5-VL-3B's shapes, 16 prompts; kept
 
 Weights are random and a step's number decides how long its completions are (bench/step_workloads.py), so that the same
 tree always does the same work. First come steps under the phase clock alone: their seconds are those that count. Then
@@ -33,10 +33,10 @@ from bench.table import environment
 from medground.sharding import join_ranks
 from medground.step_metrics import PHASE_END
 from profiles.page import render_page
+from profiles.stored import FORMAT, history_path, keep, load_history
 from profiles.tables import phase_table
-from profiles.trace import Event, Phase, counts, cut_into_phases, idle, kernels, memory_curve
+from profiles.trace import Event, Phase, counts, cut_into_phases, idle, kernels, memory_curve, timeline
 
-FORMAT = 2
 RATES = (
     "tokens_per_second", "processed_tokens_per_second", "unpacked_tokens_per_second", "samples_per_second",
     "decode_tokens_per_second", "update_tokens_per_second", "operations_per_second", "mfu",
@@ -67,6 +67,7 @@ def record(name: str, out: Path, steps: int = 5) -> dict[str, Any]:
         busy = load.cores()
         traced, taken = _trace(ours)
         metrics = [step["metrics"] for step in timed]
+        floors = {phase: median(step["floors"][phase] for step in timed) for phase in PHASES}
         result = {
             "format": FORMAT,
             "workload": job.facts,
@@ -75,7 +76,7 @@ def record(name: str, out: Path, steps: int = 5) -> dict[str, Any]:
             "gpu": watch.result(),
             "phases": {phase: [step[phase] for step in timed] for phase in PHASES},
             "step": [step["step"] for step in timed],
-            "floors": {phase: median(step["floors"][phase] for step in timed) for phase in PHASES},
+            "floors": floors | {"step": sum(floors.values())},
             "device_rates": rates._asdict(),
             "rates": {rate: median(row[rate] for row in metrics) for rate in metrics[0] if rate in RATES},
             "operations": [row["operations"] for row in metrics],
@@ -140,12 +141,16 @@ def _trace(ours: OurSide) -> tuple[profile, dict[str, Any]]:
         else:
             events.append(Event(name, begin, done, on_device, event.start_thread_id(), event.flops()))
     phases = cut_into_phases(start, sorted(ends, key=lambda found: found[1]), sorted(inner, key=lambda p: p.start))
+    curve = memory_curve(changes, start, end)
     return traced, {
+        "step": seconds["step"],
         "seconds": {phase: seconds[phase] for phase in PHASES},
         "kernels": [asdict(kernel) for kernel in kernels(events, phases)],
         "counts": counts(events),
         "idle": idle(events, start, end) if cuda else None,
-        "memory": memory_curve(changes, start, end),
+        "peak_memory": max(held for _, held in curve),
+        "memory": curve,
+        "timeline": timeline(events, phases, start, end),
     }
 
 
@@ -154,15 +159,21 @@ def main() -> None:
     parser.add_argument("workload", choices=tuple(WORKLOADS))
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--steps", type=int, default=5, help="timed steps, beside two to warm up and one traced")
+    parser.add_argument("--keep", action="store_true", help="append the record to the device's history in profiles/")
+    parser.add_argument("--anyway", action="store_true", help="keep it though the machine was disturbed")
     args = parser.parse_args()
     if args.steps < 3:
         parser.error(f"--steps: want at least 3, for a spread; got {args.steps}")
     try:
+        if args.keep:
+            load_history(history_path(args.workload))  # damaged, it is refused before the first step
         result = record(args.workload, args.out, args.steps)
+        print(phase_table(result))
+        print("\n" + ", ".join(f"{args.out}/{name}" for name in ("page.html", "profile.json", "trace.json.gz")))
+        if args.keep:
+            print(f"Kept in {keep(result, args.anyway)}.")
     except ValueError as error:
         sys.exit(f"profiles.record: {error}")
-    print(phase_table(result))
-    print("\n" + ", ".join(f"{args.out}/{name}" for name in ("page.html", "profile.json", "trace.json.gz")))
 
 
 if __name__ == "__main__":

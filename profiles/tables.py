@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from statistics import median
 from typing import Any
 
+from bench.gpu_watch import throttle_line
+
 
 def by_group(kernels: Iterable[dict[str, Any]]) -> dict[tuple[str, str], dict[str, float]]:
     """(phase, group) -> calls, seconds, flops."""
@@ -31,20 +33,23 @@ def phase_table(result: dict[str, Any], shown: int = 3) -> str:
     lines.append(
         f"| step | {whole * 1e3:.4g} | {min(result['step']) * 1e3:.4g} to {max(result['step']) * 1e3:.4g} | | |"
     )
-    rates = ", ".join(f"{name.removesuffix('_per_second')} {rate:.4g}/s" for name, rate in result["rates"].items())
-    lines += ["", rates[0].upper() + rates[1:] + "."]
-    if warning := shared_machine(result):
-        lines.append(warning)
+    lines += ["", ", ".join(f"{rate_label(name)} {rate:.4g}" for name, rate in result["rates"].items())]
+    lines += disturbances(result)
     if found := result["traced"]["idle"]:
         lines.append("GPU: " + ", ".join(f"{cause} {seconds * 1e3:.4g} ms" for cause, seconds in found.items()) + ".")
     return "\n".join(lines)
 
 
-def shared_machine(result: dict[str, Any]) -> str | None:
-    """A warning where others used the machine while a profile was taken."""
-    cores = result["others_cores"]
-    return (
-        f"Other processes used {cores:.2g} cores meanwhile: times are not to be trusted."
-        if cores and cores > 0.2
-        else None
-    )
+def rate_label(name: str) -> str:
+    """A key of `rates` as a heading: tokens_per_second is tokens/s."""
+    return name.replace("_per_second", "/s").replace("_", " ")
+
+
+def disturbances(result: dict[str, Any]) -> list[str]:
+    """What makes the times of a profile doubtful: others used the machine, or the GPU was throttled."""
+    cores, gpu, found = result["others_cores"], result["gpu"], []
+    if cores and cores > 0.2:
+        found.append(f"Other processes used {cores:.2g} cores meanwhile: times are not to be trusted.")
+    if gpu.get("marked"):
+        found.append(f"The GPU was {throttle_line(gpu)}.")
+    return found

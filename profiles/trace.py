@@ -1,4 +1,4 @@
-"""What a traced step did: kernels by phase, the time in which nothing ran and why, memory over time.
+"""What a traced step did: kernels by phase, work over time, the time in which nothing ran and why, memory over time.
 
 A trace is a list of events, of the device and of the host, as torch.profiler has them. On a CPU the kernels are
 torch's operators, each without the time of those that it calls.
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
-from profiles.groups import group_of
+from profiles.groups import GROUPS, group_of
 
 IDLE_CAUSES = ("synchronisation", "host late", "launch gap")
 SHORT_GAP = 5_000
@@ -62,40 +62,85 @@ class Kernel:
 
 def kernels(events: Sequence[Event], phases: Sequence[Phase]) -> list[Kernel]:
     """Add up a trace, the longest first; what began in no phase is left out."""
-    on_gpu = any(event.on_device for event in events)
     starts = [phase.start for phase in phases]
     found: dict[tuple[str, str], Kernel] = {}
-    for event, nanoseconds in _own_times(event for event in events if event.on_device == on_gpu):
+    for event, stretches in _own_stretches(events):
         at = bisect_right(starts, event.start) - 1
         if at < 0 or event.start >= phases[at].end:
             continue
         phase = phases[at].name
         kernel = found.setdefault((event.name, phase), Kernel(event.name, group_of(event.name), phase))
         kernel.calls += 1
-        kernel.seconds += nanoseconds / 1e9
+        kernel.seconds += sum(end - start for start, end in stretches) / 1e9
         kernel.flops += event.flops
     return sorted(found.values(), key=lambda kernel: -kernel.seconds)
 
 
-def _own_times(events: Iterable[Event]) -> Iterator[tuple[Event, int]]:
-    """Each event with its time less that of the events within it, thread by thread."""
+def timeline(
+    events: Sequence[Event], phases: Sequence[Phase], start: int, end: int, bins: int = 200
+) -> dict[str, list | dict[str, list[float]]]:
+    """A step from start to end as a picture has it.
+
+    Returns:
+        `phases`: [name, start, end] of each stretch, in seconds since the start; `work`: for each kind of work that
+        there is, the seconds it took in each of `bins` equal parts of the step. Where kernels overlap, as those of
+        several streams or threads do, they add up to more than the part has.
+    """
+    work: dict[str, list[int]] = {}
+    for event, stretches in _own_stretches(events):
+        mine = work.setdefault(group_of(event.name), [0] * bins)
+        for a, b in stretches:
+            for index, nanoseconds in _binned(max(a, start) - start, min(b, end) - start, end - start, bins):
+                mine[index] += nanoseconds
+    return {
+        "phases": [[p.name, (p.start - start) / 1e9, (p.end - start) / 1e9] for p in phases if p.end > p.start],
+        "work": {group: [ns / 1e9 for ns in work[group]] for group in GROUPS if any(work.get(group, ()))},
+    }
+
+
+def _binned(a: int, b: int, span: int, bins: int) -> Iterator[tuple[int, int]]:
+    """Share a..b out among equal parts of 0..span: index and length of each piece."""
+    while a < b:
+        index = a * bins // span
+        edge = min(b, -(-(index + 1) * span // bins))  # where the next part begins, rounded up as `index` rounds down
+        yield index, edge - a
+        a = edge
+
+
+def _own_stretches(events: Iterable[Event]) -> Iterator[tuple[Event, list[tuple[int, int]]]]:
+    """Each kernel with the times at which it ran itself: on a CPU without those of the operators within it.
+
+    Kernels are a GPU's events where there are any, else the host's, thread by thread.
+    """
     threads: dict[tuple[bool, int], list[Event]] = {}
     for event in events:
         threads.setdefault((event.on_device, event.thread), []).append(event)
+    on_gpu = any(on_device for on_device, _ in threads)
     for (on_device, _), mine in threads.items():
         if on_device:  # kernels of a stream follow one another
-            yield from ((event, event.end - event.start) for event in mine)
-            continue
-        mine.sort(key=lambda event: (event.start, -event.end))
-        under_way: list[tuple[Event, int]] = []
-        for event in mine:
-            while under_way and under_way[-1][0].end <= event.start:
-                yield under_way.pop()
-            if under_way:
-                outer, own = under_way[-1]
-                under_way[-1] = outer, own - (min(event.end, outer.end) - event.start)
-            under_way.append((event, event.end - event.start))
-        yield from reversed(under_way)
+            yield from ((event, [(event.start, event.end)]) for event in mine)
+        elif not on_gpu:
+            yield from _innermost(sorted(mine, key=lambda event: (event.start, -event.end)))
+
+
+def _innermost(events: Iterable[Event]) -> Iterator[tuple[Event, list[tuple[int, int]]]]:
+    """Events of one thread, an outer one before those within it, with the times at which none within it ran."""
+    under_way: list[tuple[Event, list[tuple[int, int]], int]] = []  # last: since when it has run itself
+
+    def closed(event: Event, stretches: list[tuple[int, int]], since: int) -> tuple[Event, list[tuple[int, int]]]:
+        return event, [*stretches, (since, event.end)] if since < event.end else stretches
+
+    for event in events:
+        while under_way and under_way[-1][0].end <= event.start:
+            yield closed(*under_way.pop())
+        if under_way:
+            outer, stretches, since = under_way.pop()
+            if since < event.start:
+                stretches.append((since, event.start))
+            under_way.append((outer, stretches, event.end))
+        under_way.append((event, [], event.start))
+    while under_way:
+        yield closed(*under_way.pop())
 
 
 def idle(events: Sequence[Event], start: int, end: int) -> dict[str, float]:
