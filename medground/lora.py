@@ -46,7 +46,7 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int) -> None:
     """Freeze a Qwen2.5-VL and give it adapters, in place: float32, whatever the model's dtype."""
     from peft import inject_adapter_in_model
 
-    inject_adapter_in_model(_peft_config(lora), model)
+    inject_adapter_in_model(peft_config(lora), model)
     for layer in _adapted(model):
         layer.lora_A.float()
         layer.lora_B.float()
@@ -105,7 +105,7 @@ def save_adapters(folder: Path, weights: Mapping[str, Tensor], lora: LoraConfig,
         lora: their configuration.
         base: the model that they belong to, a folder or a name on the hub.
     """
-    config = _peft_config(lora, base_model_name_or_path=base, inference_mode=True)
+    config = peft_config(lora, base_model_name_or_path=base, inference_mode=True)
     config.save_pretrained(folder)
     state = {
         f"base_model.model.{name.replace('.default.', '.')}": value.contiguous()
@@ -122,7 +122,8 @@ def merge_adapters(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     return PeftModel.from_pretrained(model, folder).merge_and_unload()
 
 
-def _peft_config(lora: LoraConfig, **more: Any) -> Any:
+def peft_config(lora: LoraConfig, **more: Any) -> Any:
+    """The same in peft's words, with what else it is to say."""
     from peft import LoraConfig as PeftLoraConfig
 
     targets = rf".*\.language_model\.layers\.\d+\.{_TARGETS[lora.targets]}"

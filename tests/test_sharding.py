@@ -72,6 +72,7 @@ def test_adapters_are_merged_into_what_decodes(base_folder: Path):
         policy = shard(policy, ranks, "bfloat16")
         assert {p.dtype for p in policy.parameters() if p.requires_grad} == {torch.float32}
         assert {p.dtype for p in policy.parameters() if not p.requires_grad} == {torch.bfloat16}
+        assert {buffer.dtype for buffer in policy.buffers()} == {torch.float32}
         whole = WholeCopy(policy, ranks, "bfloat16")
         frozen = whole.policy.vlm.lm_head.weight
         for step in range(2):
