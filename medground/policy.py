@@ -147,6 +147,7 @@ class Policy(nn.Module):
             adapters: False for the model without its adapters, and without gradients.
         """
         weight = self.vlm.lm_head.weight
+        # here and not around the call: before its first forward pass FSDP2 looks at what is trained
         with nullcontext() if adapters else adapters_off(self.vlm):
             return linear_logprob(self._scored(packed), weight, packed.targets, temperature=temperature)
 

@@ -18,7 +18,7 @@ from medground.cli import main
 from medground.config import LossConfig, load_config
 from medground.records import Example
 from medground.sharding import join_ranks
-from medground.train import _learning_rate, _order, train
+from medground.train import _learning_rate, _order, _reference, train
 from medground_kernels.linear_grpo import linear_grpo
 
 REPEATABLE = ("reward", "iou", "loss", "grad_norm", "kl", "entropy", "ratio_mean", "completion_tokens")
@@ -127,6 +127,13 @@ def test_adapters_train_the_layers_alone(adapted: Path, base_folder: Path):
     rows = metrics(adapted)
     assert rows[0]["kl"] < 1e-3 and rows[-1]["kl"] > 2 * rows[0]["kl"]
     assert max(row["logp_gap_max"] for row in rows) < 1e-4, "what sampled is what is trained"
+
+
+def test_with_adapters_the_policy_is_its_own_reference(tiny_job, tmp_path: Path):
+    config = tiny_job(tmp_path, **{"model.lora.rank": 4, "loss.beta": 0.1})
+    reference = _reference(lambda packed, temperature, adapters: (packed, temperature, adapters), None, config, None)
+    assert reference("packed", 0.7) == ("packed", 0.7, False)
+    assert _reference(None, None, tiny_job(tmp_path, **{"model.lora.rank": 4}), None) is None
 
 
 @pytest.mark.parametrize("run", ["straight", "adapted"])
