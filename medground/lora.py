@@ -37,9 +37,7 @@ def need_peft() -> None:
     try:
         importlib.import_module("peft")
     except ImportError as error:
-        raise ValueError(
-            f"model.lora.rank: adapters want peft; {error.name or 'it'} is not installed: pip install medground[lora]"
-        ) from None
+        raise ValueError(f"model.lora.rank: adapters want peft: pip install medground[lora]; got {error}") from None
 
 
 def add_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int) -> None:
@@ -123,7 +121,7 @@ def merge_adapters(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
 
 def peft_config(lora: LoraConfig, **more: Any) -> Any:
-    """The same in peft's words, with what else it is to say."""
+    """A peft.LoraConfig that says the same, and what `more` says."""
     from peft import LoraConfig as PeftLoraConfig
 
     targets = rf".*\.language_model\.layers\.\d+\.{_TARGETS[lora.targets]}"
