@@ -83,8 +83,9 @@ lint: setup
 types: setup $(LINK)
 	$(VENV)/bin/mypy -p medground -p medground_kernels
 
-# what TRL's trainer imports beyond .venv; named one by one, since pip would bring another torch and transformers along
-TRL_NEEDS := accelerate==1.15.0 psutil==7.2.2 datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19 pandas==3.1.1 \
+# what TRL's trainer imports; named one by one, since pip would bring another torch and transformers along. The first
+# three are in .venv too, in these versions, but `make gpu` does without it
+TRL_NEEDS := accelerate==1.15.0 peft==0.21.2 psutil==7.2.2 datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19 pandas==3.1.1 \
 	python-dateutil==4.0.0 tzdata==2026.6 pyarrow==26.0.1 xxhash==4.1.0
 
 DEEPSPEED := 0.19.8

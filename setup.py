@@ -41,6 +41,7 @@ setup(
     ],
     extras_require={
         "gpu": ["nvidia-ml-py"],
+        "lora": ["peft"],
         "flash": ["flash-attn"],  # a source distribution: needs nvcc
         "semantic": ["open_clip_torch"],  # pulls torchvision: an environment of its own on a CPU build of torch
         "peers": ["trl==1.16.0", "liger-kernel==0.8.5", "cut-cross-entropy", "deepspeed"],
@@ -49,6 +50,7 @@ setup(
             "hypothesis",
             "matplotlib",
             "mypy",
+            "peft",
             "pre-commit",
             "pydicom",
             "pytest",

@@ -16,6 +16,7 @@ from bench.packed_floors import copy_rate, product_rate
 from bench.step_job import PHASES, Job
 from bench.step_ours import OurSide
 from medground.costs import Sizes, sizes_of, step_operations
+from medground.policy import Policy
 from medground.rollout.cache import bytes_per_token
 
 _ADAMW_BYTES = 7 * 4  # reads weight, gradient and two moments, writes all but the gradient; float32
@@ -34,12 +35,14 @@ class Model(NamedTuple):
 
     Attributes:
         parameters: trained ones.
+        refresh_bytes: what bringing the weights that decode up to date reads and writes.
         weights: elements that a decoding step reads.
         itemsize: bytes of one.
         token_bytes: keys and values of a token.
     """
 
     parameters: int
+    refresh_bytes: int
     weights: int
     itemsize: int
     token_bytes: int
@@ -54,7 +57,8 @@ def step_floors(ours: OurSide, rates: Rates) -> dict[str, float]:
     """Seconds of each phase of the last step."""
     policy, whole = ours.asker.policy, ours.asker.whole.policy
     model = Model(
-        sum(weight.numel() for weight in policy.parameters() if weight.requires_grad),
+        _trained(policy),
+        refresh_bytes(policy, whole.vlm.lm_head.weight.itemsize),
         ours.network.token_weights + ours.network.head_weights,
         whole.vlm.lm_head.weight.itemsize,
         bytes_per_token(whole.vlm.config.text_config, whole.vlm.lm_head.weight.dtype),
@@ -67,10 +71,21 @@ def floors(model: Model, groups: list[Sizes], operations: dict[str, float], rate
     """Seconds of each phase; operations of phases that have any."""
     found = dict.fromkeys(PHASES, 0.0) | {phase: needed / rates.product for phase, needed in operations.items()}
     reading = decode_bytes(model, groups) / rates.copy
-    refresh = model.parameters * (4 + model.itemsize) / rates.copy
-    found["decode"] = max(found["decode"], reading) + refresh
+    found["decode"] = max(found["decode"], reading) + model.refresh_bytes / rates.copy
     found["optimizer"] = model.parameters * (_ADAMW_BYTES + _NORM_BYTES) / rates.copy
     return found
+
+
+def refresh_bytes(policy: Policy, itemsize: int) -> int:
+    """What a refresh reads and writes: trained weights or, merged with adapters, what those were added to."""
+    if not policy.lora.rank:
+        return _trained(policy) * (4 + itemsize)
+    adapted = sum(weight.numel() for name, weight in policy.named_parameters() if name.endswith("base_layer.weight"))
+    return _trained(policy) * 4 + adapted * 2 * itemsize
+
+
+def _trained(policy: Policy) -> int:
+    return sum(weight.numel() for weight in policy.parameters() if weight.requires_grad)
 
 
 def decode_bytes(model: Model, groups: list[Sizes]) -> float:

@@ -21,9 +21,12 @@ from bench.random_model import (
     save_processor,
 )
 from bench.step_workloads import AnswerLengths, Workload
+from medground.config import LoraConfig
+from medground.lora import draw_adapters, peft_config
 from medground.records import Example
 
 LR, NO_LIMIT = 1e-6, 1e9  # of the gradient's norm, which is computed but never reached, so that gradients compare
+SEED = 0  # of new adapters
 PHASES = ("data", "prefill", "decode", "reward", "score", "update", "optimizer")
 
 Seconds = dict[str, float]
@@ -65,6 +68,15 @@ class Job(NamedTuple):
         return self.workload.answers
 
     @property
+    def lora(self) -> LoraConfig:
+        return LoraConfig(rank=self.workload.lora_rank)
+
+    @property
+    def loaded_dtype(self) -> torch.dtype:
+        """Of the weights that peers load: float32 where they are trained, else that of the computation."""
+        return torch.bfloat16 if self.lora.rank and self.device.type == "cuda" else torch.float32
+
+    @property
     def facts(self) -> dict[str, Any]:
         """What tells one job from another, as JSON has it."""
         work, (P, _, G, _), (median, deviation, least, most) = self.workload, self.size, self.answers
@@ -78,7 +90,7 @@ class Job(NamedTuple):
             "image_tokens": self.size.image_tokens,
             "G": G,
             "answers": f"log-normal, median {median}, deviation {deviation}, {least} to {most} tokens",
-        }
+        } | ({"lora_rank": work.lora_rank} if work.lora_rank else {})
 
     @property
     def pixels(self) -> int:
@@ -95,7 +107,7 @@ class Capture(NamedTuple):
     prompts: torch.Tensor  # [B, P]
     completions: list[list[torch.Tensor]]  # B of G of their lengths
     advantages: torch.Tensor  # [B, G]
-    grads: dict[str, torch.Tensor]  # of the model's weights, by their names
+    grads: dict[str, torch.Tensor]  # of the weights that are trained, by their names in the plain model
 
 
 def make_job(folder: Path, name: str, workload: Workload) -> Job:
@@ -116,6 +128,23 @@ def make_job(folder: Path, name: str, workload: Workload) -> Job:
     for i, example in enumerate(examples):
         make_image(size, i).save(data / example.image)
     return Job(name, workload, size, model, data, examples, device)
+
+
+def adapt(model: Any, job: Job) -> Any:
+    """A model of transformers with the job's adapters as peft has them, which begin as ours do; itself without any."""
+    if not job.lora.rank:
+        return model
+    from peft import get_peft_model
+
+    model = get_peft_model(model, peft_config(job.lora))
+    draw_adapters(model, SEED)
+    return model
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    """Of what is trained of a model of transformers or of peft, float32 on the CPU."""
+    named = [(name.removeprefix("base_model.model."), weight) for name, weight in model.named_parameters()]
+    return {name: weight.grad.float().to("cpu", copy=True) for name, weight in named if weight.requires_grad}
 
 
 def reward(text: str) -> float:

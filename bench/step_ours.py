@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from bench.random_model import TEMPLATE
-from bench.step_job import LR, NO_LIMIT, PHASES, Capture, Job, Seconds, reward
+from bench.step_job import LR, NO_LIMIT, PHASES, SEED, Capture, Job, Seconds, reward
 from medground import train
 from medground.checkpoint import save_checkpoint
 from medground.config import (
@@ -43,7 +43,8 @@ def make_our_config(job: Job) -> Config:
     return Config(
         out="unused",
         steps=1000,
-        model=ModelConfig(path=str(job.model), gradient_checkpointing=work.checkpointing),
+        seed=SEED,
+        model=ModelConfig(path=str(job.model), gradient_checkpointing=work.checkpointing, lora=job.lora),
         data=DataConfig(path=str(job.data), min_pixels=job.pixels, max_pixels=job.pixels),
         prompt=PromptConfig(template=TEMPLATE),
         rollout=RolloutConfig(prompts_per_step=len(job.examples), group_size=G, max_new_tokens=C),
@@ -65,7 +66,7 @@ class OurSide:
         config, dtype = self.config, compute_dtype(ranks, self.config.model.precision)
         processor = load_processor(job.model, config.data.min_pixels, config.data.max_pixels)
         limits = train._limits(config, job.examples, processor, job.model, dtype)
-        policy = shard(train._load(job.model, config), ranks, config.model.precision)
+        policy = shard(train._load(job.model, config, ranks), ranks, config.model.precision)
         self.optimizer = train._optimizer(policy, config)
         whole = WholeCopy(policy, ranks, config.model.precision)
         engine = Engine(whole.policy, processor.tokenizer, limits)
@@ -110,7 +111,8 @@ class OurSide:
 
     def save(self, folder: Path) -> float | None:
         """Seconds of a checkpoint; None where the disk has no room for it."""
-        needed = _STATE_BYTES * sum(weight.numel() for weight in self.asker.policy.parameters())
+        trained = [weight for weight in self.asker.policy.parameters() if weight.requires_grad]
+        needed = _STATE_BYTES * sum(weight.numel() for weight in trained)
         if shutil.disk_usage(folder.parent).free < 1.2 * needed:
             return None
         start = time.perf_counter()
@@ -118,7 +120,10 @@ class OurSide:
         return time.perf_counter() - start
 
     def compare(self, theirs: Capture) -> float:
-        """How far our gradient of their first step is from theirs: root mean square over theirs."""
+        """How far our gradient of their first step is from theirs: root mean square over theirs.
+
+        In an adapter's first step that is the gradient of B, since that of A is zero while B is.
+        """
         policy, config = self.asker.policy, self.config
         prompts = [self.asker.prompt(example) for example in self.job.examples]
         if not torch.equal(torch.stack([prompt.input_ids for prompt in prompts]), theirs.prompts):
@@ -134,7 +139,11 @@ class OurSide:
                 batch.packed, batch.advantages, old_logp=None, ref_logp=None, options=options, total_tokens=tokens
             ).loss.backward()
         off = size = 0.0
-        for name, weight in policy.vlm.named_parameters():
+        trained = {name: weight for name, weight in policy.vlm.named_parameters() if weight.requires_grad}
+        if trained.keys() != theirs.grads.keys():
+            one_sided = sorted(trained.keys() ^ theirs.grads.keys())
+            raise ValueError(f"want the same weights trained on both sides; not so are {one_sided}")
+        for name, weight in trained.items():
             grad = weight.grad.full_tensor().cpu()
             off += float((grad - theirs.grads[name]).double().square().sum())
             size += float(theirs.grads[name].double().square().sum())

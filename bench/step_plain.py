@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
 from bench.random_model import TEMPLATE
-from bench.step_job import LR, NO_LIMIT, PHASES, Capture, Job, Seconds, reward
+from bench.step_job import LR, NO_LIMIT, PHASES, Capture, Job, Seconds, adapt, gradients, reward
 from bench.step_rows import END, exact_lengths, make_row_processor
 from medground.prompts import TEMPLATES
 from medground_kernels.group_advantage import group_advantage_reference
@@ -34,12 +34,14 @@ class PlainSide:
         self.job, self.steps = job, 0
         self.capture: Capture | None = None
         self._processor = make_row_processor(job)
-        self._model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            job.model, dtype=torch.float32, attn_implementation="sdpa"
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            job.model, dtype=job.loaded_dtype, attn_implementation="sdpa"
         ).to(job.device)
         if job.workload.checkpointing:
-            self._model.gradient_checkpointing_enable({"use_reentrant": False})
-        self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=LR, weight_decay=0.0, fused=True)
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self._model = adapt(model, job)
+        trained = [weight for weight in self._model.parameters() if weight.requires_grad]
+        self._optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0, fused=True)
         self._seconds: Seconds = {}
         self._last = 0.0
 
@@ -148,7 +150,7 @@ class PlainSide:
             torch.cat([prompts for prompts, _, _ in rows])[::G],
             [completions[b * G : (b + 1) * G] for b in range(B)],
             torch.cat([advantages for _, _, advantages in rows]).view(B, G),
-            {name: weight.grad.float().to("cpu", copy=True) for name, weight in self._model.named_parameters()},
+            gradients(self._model),
         )
 
     def _autocast(self):

@@ -19,8 +19,9 @@ from transformers.utils import logging
 from bench import timing
 from bench.race import UnavailableError
 from bench.random_model import TEMPLATE
-from bench.step_job import LR, NO_LIMIT, PHASES, Capture, Job, Seconds, reward
+from bench.step_job import LR, NO_LIMIT, PHASES, SEED, Capture, Job, Seconds, gradients, reward
 from bench.step_rows import END, exact_lengths, make_row_processor
+from medground.lora import draw_adapters, peft_config
 from medground.prompts import TEMPLATES
 
 PACKAGES = ("datasets", "accelerate", "trl")
@@ -160,7 +161,7 @@ class _Watch(TrainerCallback):
             found["prompt_ids"][::G],
             [rows[b * G : (b + 1) * G] for b in range(B)],
             found["advantages"].view(B, G),
-            {name: weight.grad.float().to("cpu", copy=True) for name, weight in model.named_parameters()},
+            gradients(model),
         )
 
 
@@ -188,8 +189,10 @@ def _make_trainer(job: Job, folder: Path, fused: bool, watch: _Watch):
         train_dataset=_dataset(job, datasets),
         processing_class=processor,
         callbacks=[watch],
+        peft_config=peft_config(job.lora) if job.lora.rank else None,
     )
     trainer.remove_callback(PrinterCallback)
+    draw_adapters(trainer.model, SEED)  # if it has any
     _set_lengths(trainer.model, job, watch, processor.tokenizer.convert_tokens_to_ids(END))
     return trainer
 
@@ -239,6 +242,7 @@ def _arguments(job: Job, folder: Path) -> dict[str, Any]:
         "output_dir": str(folder),
         "use_cpu": not cuda,
         "bf16": cuda,
+        "model_init_kwargs": {"dtype": str(job.loaded_dtype).removeprefix("torch.")},
         "num_generations": G,
         "max_completion_length": job.size.C,
         "per_device_train_batch_size": G * work.groups_at_once,

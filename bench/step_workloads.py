@@ -34,6 +34,7 @@ class Workload(NamedTuple):
         groups_at_once: of a micro-batch.
         answers: how long they are.
         checkpointing: whether activations are recomputed.
+        lora_rank: of adapters in the decoder layers; 0 trains all weights.
     """
 
     device: str
@@ -42,6 +43,7 @@ class Workload(NamedTuple):
     groups_at_once: int
     answers: AnswerLengths
     checkpointing: bool = False
+    lora_rank: int = 0
 
 
 _ANSWERS = AnswerLengths(96, 0.4, 32, 224)
@@ -49,6 +51,7 @@ WORKLOADS = {
     "test": Workload("cpu", "tiny", 2, 1, AnswerLengths(4, 0.4, 2, 6)),
     "tiny-cpu": Workload("cpu", "small", 2, 2, _ANSWERS),
     "3b-h100": Workload("cuda", "3b", 16, 1, _ANSWERS, checkpointing=True),
+    "7b-lora-h100": Workload("cuda", "7b", 16, 1, _ANSWERS, checkpointing=True, lora_rank=64),
 }
 
 

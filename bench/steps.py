@@ -4,7 +4,8 @@
     PYTHONPATH=peers python -m bench.steps 3b-h100 --json FILE
 
 All get the same model, prompts, images, lengths of answers (bench/step_workloads.py) and reward, dapo without a
-reference, AdamW, float32 weights and, on a GPU, bfloat16 computation.
+reference, AdamW, float32 weights and, on a GPU, bfloat16 computation. Where a workload has adapters, they are float32,
+alike at the start, and the frozen weights of all sides are bfloat16 on a GPU.
     ours              what `medground.train` runs
     TRL               GRPOTrainer 1.16 at its defaults; its head is fused
     TRL, whole logits the same without the fused head

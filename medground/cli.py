@@ -76,7 +76,7 @@ def train_config(words: list[str]) -> Config:
             Config, prog="medground train --config FILE", args=words[2:], default=load_config(Path(words[1]))
         )
     if not words or words[0] in ("-h", "--help"):
-        presets = "\n".join(f"  {name:16} {text}" for name, (text, _) in PRESETS.items())
+        presets = "\n".join(f"  {name:20} {text}" for name, (text, _) in PRESETS.items())
         print(f"usage: medground train PRESET [OPTIONS]\n\npresets (PRESET --help lists the options):\n{presets}")
         raise SystemExit(0 if words else 2)
     if words[0] not in PRESETS:

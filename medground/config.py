@@ -21,19 +21,40 @@ def _want(condition: bool, name: str, wanted: str, got: object) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) in place of the model's own weights; wants peft.
+
+    Never adapted are embedding, head, norms and vision tower: they stay as they are. Nor is there a dropout, under
+    which the policy that is trained would not be the one that sampled.
+    """
+
+    rank: int = 0
+    """Rank of the adapters; 0 trains the model's own weights."""
+    alpha: int = 32
+    """What an adapter adds is multiplied by alpha / rank."""
+    targets: Literal["all", "attention", "mlp"] = "all"
+    """Products of the decoder layers that have an adapter."""
+
+    def __post_init__(self) -> None:
+        _want(self.rank >= 0, "model.lora.rank", ">= 0", self.rank)
+        _want(self.alpha >= 1, "model.lora.alpha", ">= 1", self.alpha)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The policy to train."""
 
     path: str
     """Model folder, or a name on the Hugging Face hub."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute precision; weights and gradients stay float32. auto: bfloat16 on a GPU, float32 on a CPU."""
+    """Compute precision; trained weights and gradients stay float32. auto: bfloat16 on a GPU, float32 on a CPU."""
     freeze_vision: bool = False
-    """Leave the vision tower as it is."""
+    """Leave the vision tower as it is; with adapters it always is."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more work."""
     compile: bool = False
     """Compile each decoder layer and vision block with torch.compile, once for all lengths."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
         _want(bool(self.path), "model.path", "a model folder or a name on the hub", self.path)
@@ -251,7 +272,7 @@ class Config:
     steps: int
     """Batches of prompts to train on."""
     seed: int = 0
-    """Seed of the data order and of every sampled token."""
+    """Seed of the data order, of every sampled token and of new adapters."""
     samples_every: int = 10
     """Steps between the files of sampled completions (samples/); the first and last step always have one."""
     model: ModelConfig
@@ -294,10 +315,27 @@ def _qwen(size: str) -> Config:
     )
 
 
+def _qwen_lora(size: str) -> Config:
+    """Of one 80 GB GPU. Rank and learning rate are our choice and not tuned.
+
+    Of 7B take, by counting: frozen weights and those that decode, 2 bytes each, 2 x 16.6 GB; adapters, their gradients
+    and moments 2.6 GB (3B: 2 x 7.5 and 1.9); keys and values 8 GB; logits 1.3 GB; what remains is for activations.
+    """
+    full = _qwen(size)
+    return dataclasses.replace(
+        full,
+        out=f"{full.out}-lora",
+        model=dataclasses.replace(full.model, lora=LoraConfig(rank=64)),
+        optimizer=OptimizerConfig(lr=1e-5),  # ten times that of all weights, a rule of thumb
+    )
+
+
 PRESETS = {
     "demo": ("Phantom films and the small base model; two CPU cores, about four minutes.", _DEMO),
     "qwen2.5-vl-3b": ("Qwen2.5-VL-3B on a data folder of yours; one node of 80 GB GPUs.", _qwen("3b")),
     "qwen2.5-vl-7b": ("Qwen2.5-VL-7B on a data folder of yours; one node of 80 GB GPUs.", _qwen("7b")),
+    "qwen2.5-vl-3b-lora": ("Qwen2.5-VL-3B with adapters (LoRA); one 80 GB GPU.", _qwen_lora("3b")),
+    "qwen2.5-vl-7b-lora": ("Qwen2.5-VL-7B with adapters (LoRA); one 80 GB GPU.", _qwen_lora("7b")),
 }
 
 

@@ -2,8 +2,10 @@
 
 A multiplication and an addition are two operations. Counted are the matrix products of language model, head and vision
 tower, and attention's two products over the pairs of tokens that see each other. Not counted are norms, activations,
-softmax and sampling, and what is computed a second time to save memory. A backward pass is twice its forward pass where
-weights are trained. So the counts are the same for every trainer of the same job, and
+softmax and sampling, and what is computed a second time to save memory. An update makes three products with a matrix:
+its output, its input's gradient and its own; with a frozen one it makes two, and below the first trained one the output
+alone. Adapters count in the update only, since merged they cost nothing. So the counts are the same for every trainer
+of the same job, and
 
     model FLOPs utilisation (MFU) = operations / (seconds * peak rate * GPUs)
 
@@ -49,8 +51,11 @@ class Network(NamedTuple):
 
     Attributes:
         token_weights: elements of all decoder layers' matrices; every token of the stream meets them.
+        token_update: the same, adapters included, each times the products that an update makes with it.
         head_weights: elements of the head, which a token that is scored or drawn meets.
+        head_update: the same, times the products of an update.
         pair_width: heads times their size, over all decoder layers: what two tokens that see each other cost.
+        pair_update: the same, times three where an update's backward pass gets to the attention.
         patch_weights: elements of the vision tower's matrices that an image patch meets, its share of the merger's.
         full_width: as pair_width, of the vision blocks that see a whole image.
         window_width: the same of those that see windows.
@@ -60,8 +65,11 @@ class Network(NamedTuple):
     """
 
     token_weights: int
+    token_update: int
     head_weights: int
+    head_update: int
     pair_width: int
+    pair_update: int
     patch_weights: float
     full_width: int
     window_width: int
@@ -82,11 +90,15 @@ def network_of(policy: Policy) -> Network:
     """Of a policy, sharded or not."""
     visual, text, config = policy.vlm.model.visual, policy.vlm.model.language_model, policy.vlm.config
     merge, vision = visual.spatial_merge_size, config.vision_config
-    full = len(vision.fullatt_block_indexes)
+    full, head = len(vision.fullatt_block_indexes), policy.vlm.lm_head.weight
+    token_update, attentions = _update_products(text)
     return Network(
         token_weights=_matrices(text.layers),
-        head_weights=policy.vlm.lm_head.weight.numel(),
+        token_update=token_update,
+        head_weights=head.numel(),
+        head_update=(2 + head.requires_grad) * head.numel(),
         pair_width=len(text.layers) * config.text_config.hidden_size,
+        pair_update=attentions * config.text_config.hidden_size,
         patch_weights=_matrices(visual) + (1 / merge**2 - 1) * _matrices(visual.merger),
         full_width=full * vision.hidden_size,
         window_width=(vision.depth - full) * vision.hidden_size,
@@ -118,14 +130,18 @@ def step_operations(
     found = dict.fromkeys(("prefill", "decode", "score", "update"), 0.0)
     for group in groups:
         vision = sum(_image(network, grid) for grid in group.grids)
-        prompt, drawn = _stream(network, group.prompt, []), _stream(network, group.prompt, group.completions)
+        weights, width = network.token_weights, network.pair_width
+        prompt = _stream(weights, width, group.prompt, [])
         found["prefill"] += vision + prompt + 2.0 * network.head_weights
         # the first token of a completion comes from its prompt's logits, and the last one is never fed to the model
         fed = [length - 1 for length in group.completions]
-        found["decode"] += _stream(network, group.prompt, fed) - prompt + 2.0 * network.head_weights * sum(fed)
-        forward = drawn + 2.0 * network.head_weights * sum(group.completions)
+        found["decode"] += _stream(weights, width, group.prompt, fed) - prompt + 2.0 * network.head_weights * sum(fed)
+        forward = _stream(weights, width, group.prompt, group.completions)
+        forward += 2.0 * network.head_weights * sum(group.completions)
         found["score"] += scorings * (vision + forward)
-        found["update"] += epochs * (3 * forward + (3 if network.vision_trained else 1) * vision)
+        update = _stream(network.token_update, network.pair_update, group.prompt, group.completions)
+        update += 2.0 * network.head_update * sum(group.completions)
+        found["update"] += epochs * (update + (3 if network.vision_trained else 1) * vision)
     return found
 
 
@@ -135,10 +151,10 @@ def row_operations(network: Network, groups: Sequence[Sizes]) -> float:
     return step_operations(network, rows)["update"]
 
 
-def _stream(network: Network, prompt: int, completions: Sequence[int]) -> float:
-    """The decoder layers over a packed group."""
+def _stream(weights: int, width: int, prompt: int, completions: Sequence[int]) -> float:
+    """Decoder layers of so many weights, attention of such a width, over a packed group."""
     pairs = prompt * (prompt + 1) / 2 + sum(c * prompt + c * (c + 1) / 2 for c in completions)
-    return 2.0 * network.token_weights * (prompt + sum(completions)) + 4.0 * network.pair_width * pairs
+    return 2.0 * weights * (prompt + sum(completions)) + 4.0 * width * pairs
 
 
 def _image(network: Network, grid: Sequence[int]) -> float:
@@ -161,4 +177,28 @@ def _squares(length: int, part: int) -> int:
 
 
 def _matrices(module) -> int:
-    return sum(weight.numel() for weight in module.parameters() if weight.dim() > 1)
+    """Elements of a module's matrices, adapters aside."""
+    named = module.named_parameters()
+    return sum(weight.numel() for name, weight in named if weight.dim() > 1 and ".lora_" not in name)
+
+
+def _update_products(text) -> tuple[int, int]:
+    """Elements of all decoder layers' matrices and attentions, each times the products that an update makes with it."""
+    elements = attentions = 0
+    reached = text.embed_tokens.weight.requires_grad  # whether a gradient goes on to what lies below
+    for layer in text.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for alike in (  # have one input
+            (attention.q_proj, attention.k_proj, attention.v_proj),
+            (attention.o_proj,),
+            (mlp.gate_proj, mlp.up_proj),
+            (mlp.down_proj,),
+        ):
+            named = [pair for product in alike for pair in product.named_parameters() if pair[1].dim() > 1]
+            for name, weight in named:
+                # an adapter's second matrix hands a gradient on to its first
+                elements += weight.numel() * (1 + (reached or "lora_B" in name) + weight.requires_grad)
+            reached = reached or any(weight.requires_grad for _, weight in named)
+            if alike[0] is attention.q_proj:
+                attentions += 3 if reached else 1
+    return elements, attentions

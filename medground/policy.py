@@ -10,6 +10,7 @@ the call: the registered attention function hands it each layer's heads.
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
+from medground.config import LoraConfig
+from medground.lora import adapters_off, add_adapters
 from medground_kernels.grpo_options import GrpoOptions, GrpoOutput
 from medground_kernels.linear_grpo import linear_grpo
 from medground_kernels.linear_logprob import linear_logprob
@@ -63,25 +66,34 @@ def check_model(folder: Path) -> None:
         raise ValueError(f"{folder}: want weights as .safetensors; it has none")
 
 
-def load_policy(folder: Path) -> Policy:
-    """Load a Qwen2.5-VL model folder in float32, from safetensors alone.
+def load_policy(folder: Path, dtype: torch.dtype = torch.float32) -> Policy:
+    """Load a Qwen2.5-VL model folder, from safetensors alone.
 
     Raises:
         ValueError: the folder holds no such model.
     """
     check_model(folder)
-    vlm = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-    return Policy(vlm)
+    return Policy(Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, use_safetensors=True))
 
 
 class Policy(nn.Module):
-    """A Qwen2.5-VL as GRPO uses it."""
+    """A Qwen2.5-VL as GRPO uses it.
+
+    Attributes:
+        vlm: the model.
+        lora: of its adapters; rank 0 where it has none.
+    """
 
     def __init__(self, vlm: Qwen2_5_VLForConditionalGeneration):
         super().__init__()
         vlm.config.text_config._attn_implementation = _TEXT
         vlm.config.vision_config._attn_implementation = _VISION
-        self.vlm = vlm
+        self.vlm, self.lora = vlm, LoraConfig()
+
+    def add_adapters(self, lora: LoraConfig, seed: int) -> None:
+        """Freeze the model and train adapters in its place, which begin as the seed says; before it is sharded."""
+        add_adapters(self.vlm, lora, seed)
+        self.lora = lora
 
     def compile_layers(self, backend: str = "inductor") -> None:
         """Compile each decoder layer and vision block, attention aside, once for all lengths."""
@@ -126,10 +138,18 @@ class Policy(nn.Module):
         visual, text = self.vlm.model.visual, self.vlm.model.language_model
         return sum(p.numel() for p in visual.parameters()) / sum(p.numel() for p in text.layers.parameters())
 
-    def forward(self, packed: Packed, temperature: float) -> TokenLogprob:
-        """Log-probability and entropy, float32 [N], of every completion token."""
+    def forward(self, packed: Packed, temperature: float, *, adapters: bool = True) -> TokenLogprob:
+        """Log-probability and entropy, float32 [N], of every completion token.
+
+        Args:
+            packed: the tokens.
+            temperature: divides the logits.
+            adapters: False for the model without its adapters, and without gradients.
+        """
         weight = self.vlm.lm_head.weight
-        return linear_logprob(self._scored(packed), weight, packed.targets, temperature=temperature)
+        # here and not around the call: before its first forward pass FSDP2 looks at what is trained
+        with nullcontext() if adapters else adapters_off(self.vlm):
+            return linear_logprob(self._scored(packed), weight, packed.targets, temperature=temperature)
 
     def loss(
         self,

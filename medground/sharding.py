@@ -1,7 +1,7 @@
 """Ranks, device mesh and FSDP2.
 
-One unit per decoder layer and vision block; embedding, final norm and head in the root unit. Master
-weights, gradients and their reduction are float32; the compute dtype is the mesh's.
+One unit per decoder layer and vision block; embedding, final norm and head in the root unit. Weights that are
+trained, gradients and their reduction are float32; what is frozen may lie in the compute dtype.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+
+from medground.lora import merged
 
 if TYPE_CHECKING:
     from medground.policy import Policy
@@ -121,7 +123,7 @@ def shard(policy: Policy, ranks: Ranks, precision: str) -> Policy:
     """Move a policy to its device and shard it over the ranks, in place.
 
     Args:
-        policy: float32, the same on every rank.
+        policy: the same on every rank; what is trained in float32.
         ranks: where it goes.
         precision: auto, float32 or bfloat16, of the computation.
     """
@@ -137,24 +139,31 @@ def shard(policy: Policy, ranks: Ranks, precision: str) -> Policy:
 
 
 class WholeCopy:
-    """A sharded policy's weights, whole on every rank, in the compute dtype, at fixed addresses.
+    """A sharded policy's weights, whole on every rank, in the compute dtype, at fixed addresses, adapters merged.
 
     So decoding needs no other rank, and CUDA graphs stay valid from step to step.
     """
 
     def __init__(self, sharded: Policy, ranks: Ranks, precision: str):
         self._sharded = sharded
+        self._changing = [pair for pair in sharded.named_modules() if isinstance(pair[1], FSDPModule)]
         self.policy = sharded.empty_copy(compute_dtype(ranks, precision))
 
     @torch.no_grad()
     def refresh(self) -> Policy:
-        """Copy the weights as they are now, a unit at a time; every rank must call it."""
+        """Copy the weights as they are now, a unit at a time; every rank must call it.
+
+        Units without a weight that is trained are copied once.
+        """
         targets = dict(self.policy.named_parameters())
-        for prefix, unit in self._sharded.named_modules():
-            if isinstance(unit, FSDPModule):
-                unit.unshard()
-                for name, weight in cast(nn.Module, unit).named_parameters(prefix):
-                    if not isinstance(weight, DTensor):  # of an inner unit
-                        targets[name].copy_(weight)
-                unit.reshard()
+        units, self._changing = self._changing, []
+        for prefix, unit in units:
+            unit.unshard()
+            named = cast(nn.Module, unit).named_parameters(prefix)
+            weights = {name: weight for name, weight in named if not isinstance(weight, DTensor)}  # of an inner unit
+            for name, weight in merged(weights, self._sharded.lora):
+                targets[name].copy_(weight)
+            if any(weight.requires_grad for weight in weights.values()):
+                self._changing.append((prefix, unit))
+            unit.reshard()
         return self.policy

@@ -10,10 +10,11 @@ micro-batch.
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -30,6 +31,7 @@ from medground.config import Config, differing_fields
 from medground.costs import network_of, peak_of, sizes_of, step_operations
 from medground.datasets.manifest import load_records, records_hash, select
 from medground.evaluate import Asker, read_answer
+from medground.lora import need_peft
 from medground.micro_batches import Load, deal
 from medground.packing import Packed, pack
 from medground.policy import Policy, check_model, load_policy
@@ -44,7 +46,11 @@ from medground.sharding import Ranks, SharedError, WholeCopy, compute_dtype, joi
 from medground.step_metrics import Clock, Totals, sample_rows, step_totals, update_statistics
 from medground.summary import Splits, evaluate_curve, evaluate_test, summarise
 from medground_kernels.group_advantage import group_advantage
+from medground_kernels.token_logprob import TokenLogprob
 from medground_kernels.varlen_attention import backend_name
+
+Score = Callable[[Packed, float], TokenLogprob]
+"""`Policy.forward`, or what stands in for it."""
 
 
 def train(config: Config) -> None:
@@ -57,8 +63,8 @@ def train(config: Config) -> None:
     started = time.perf_counter()
     with join_ranks() as ranks:
         splits, data_hash, model_folder, processor, limits = _check(config, ranks)
-        policy = shard(_load(model_folder, config), ranks, config.model.precision)
-        reference = shard(_load(model_folder, config), ranks, config.model.precision) if config.loss.beta else None
+        policy = shard(_load(model_folder, config, ranks), ranks, config.model.precision)
+        reference = _reference(policy, model_folder, config, ranks)
         optimizer = _optimizer(policy, config)
         whole = WholeCopy(policy, ranks, config.model.precision)
         if config.model.compile:
@@ -81,7 +87,7 @@ def train(config: Config) -> None:
         last_written = Path(config.out) / "eval" / f"step-{config.steps:06d}.curve.json"
         if done < config.steps or not ranks.gather(last_written.exists())[0]:
             evaluate_test(asker, splits, run, step=config.steps)
-        export_policy(Path(config.out) / "export", policy, model_folder, ranks)
+        export_policy(Path(config.out) / "export", policy, model_folder, ranks, config.model.path)
         if run:
             with closing(run):
                 run.write_json("summary.json", summarise(config, splits, run, facts, time.perf_counter() - started))
@@ -90,7 +96,7 @@ def train(config: Config) -> None:
 
 def _steps(
     asker: Asker,
-    reference: Policy | None,
+    reference: Score | None,
     optimizer: torch.optim.Optimizer,
     splits: Splits,
     run: RunFolder | None,
@@ -238,7 +244,7 @@ def _scorings(config: Config) -> int:
 
 
 @torch.no_grad()
-def _score(policy: Policy, reference: Policy | None, micro: Sequence[MicroBatch], config: Config) -> None:
+def _score(policy: Policy, reference: Score | None, micro: Sequence[MicroBatch], config: Config) -> None:
     """Log-probabilities of the old and of the reference policy, where those at hand won't do."""
     T, rescored = config.rollout.temperature, config.rollout.old_logp == "rescored"
     for batch in micro:
@@ -341,6 +347,8 @@ def _check(config: Config, ranks: Ranks) -> tuple[Splits, str, Path, Processor, 
         check_folder(config, data_hash)
         model_folder = _model_folder(config.model.path)
         check_model(model_folder)
+        if config.model.lora.rank:
+            need_peft()
         processor = load_processor(model_folder, config.data.min_pixels, config.data.max_pixels)
         names = (config.data.train_split, config.data.curve_split, config.data.test_split)
         train, curve, test = (select(records, name, config.data.path) for name in names)
@@ -397,14 +405,27 @@ def _model_folder(path: str) -> Path:
         raise ValueError(f"model.path: want a model folder or a name on the hub; got {path!r}: {error}") from None
 
 
-def _load(model_folder: Path, config: Config) -> Policy:
-    policy = load_policy(model_folder)
-    policy.vlm.model.visual.requires_grad_(not config.model.freeze_vision)
+def _load(model_folder: Path, config: Config, ranks: Ranks) -> Policy:
+    if config.model.lora.rank:
+        policy = load_policy(model_folder, compute_dtype(ranks, config.model.precision))
+        policy.add_adapters(config.model.lora, config.seed)
+    else:
+        policy = load_policy(model_folder)
+        policy.vlm.model.visual.requires_grad_(not config.model.freeze_vision)
     if config.model.gradient_checkpointing:
         policy.vlm.gradient_checkpointing_enable({"use_reentrant": False})
     if config.model.compile:
         policy.compile_layers()
     return policy.train()
+
+
+def _reference(policy: Policy, model_folder: Path, config: Config, ranks: Ranks) -> Score | None:
+    """What the KL term holds on to: the policy without its adapters, or else a second copy of the model."""
+    if not config.loss.beta:
+        return None
+    if config.model.lora.rank:
+        return partial(policy, adapters=False)
+    return shard(_load(model_folder, config, ranks), ranks, config.model.precision)
 
 
 def _optimizer(policy: Policy, config: Config) -> torch.optim.Optimizer:

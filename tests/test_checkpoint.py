@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import pickle
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,15 +12,20 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from medground.checkpoint import _LayoutReader, export_policy, load_checkpoint, save_checkpoint
+from medground.config import LoraConfig
 from medground.datasets.manifest import load_records
-from medground.policy import load_policy
+from medground.policy import Policy, load_policy
 from medground.prompts import load_processor, make_prompt
 from medground.rollout.cache import Sampling
 from medground.rollout.engine import Engine, Limits
-from medground.sharding import WholeCopy, join_ranks, shard
+from medground.sharding import Ranks, WholeCopy, compute_dtype, join_ranks, shard
+
+ADAPTED = re.compile(r"^model\.layers.*_proj\.weight$")
 
 PLAIN = """
 import json, sys, torch
@@ -79,8 +86,6 @@ def test_the_export_keeps_the_folders_dtype_and_layout(base_folder: Path, tmp_pa
             (half / file.name).write_bytes(file.read_bytes())
     with join_ranks() as ranks:
         export_policy(tmp_path / "export", shard(load_policy(half), ranks, "float32"), half, ranks)
-    from safetensors.torch import load_file
-
     before, after = load_file(half / "model.safetensors"), load_file(tmp_path / "export" / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(after[name].dtype == torch.bfloat16 and torch.equal(before[name], after[name]) for name in before)
@@ -94,12 +99,86 @@ def test_tied_weights_are_exported_once(base_folder: Path, tmp_path: Path):
     with join_ranks() as ranks:
         sharded = shard(policy, ranks, "float32")
         export_policy(tmp_path / "export", sharded, base_folder, ranks)
-    from safetensors.torch import load_file
-
     names = load_file(tmp_path / "export" / "model.safetensors").keys()
     assert "lm_head.weight" not in names and "model.embed_tokens.weight" in names
     again = load_policy(tmp_path / "export").vlm
     assert again.lm_head.weight is again.model.language_model.embed_tokens.weight
+
+
+def adapted(folder: Path, lora: LoraConfig, ranks: Ranks, precision: str = "float32") -> Policy:
+    """A sharded policy whose adapters are more than zeros."""
+    policy = load_policy(folder, compute_dtype(ranks, precision))
+    policy.add_adapters(lora, seed=1)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return shard(policy, ranks, precision)
+
+
+def half_and_tied(base_folder: Path, folder: Path) -> Path:
+    """The base model as the hub has Qwen2.5-VL-3B: bfloat16, embedding and head one."""
+    policy = load_policy(base_folder)
+    policy.vlm.config.tie_word_embeddings = policy.vlm.config.text_config.tie_word_embeddings = True
+    policy.vlm.tie_weights()
+    shutil.copytree(base_folder, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    policy.vlm.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16 and tied"])
+def test_adapters_are_exported_merged_and_alone(half: bool, base_folder: Path, tmp_path: Path):
+    peft = pytest.importorskip("peft")
+    folder, dtype = base_folder, torch.float32
+    if half:
+        folder, dtype = half_and_tied(base_folder, tmp_path / "half"), torch.bfloat16
+    with join_ranks() as ranks:
+        policy = adapted(folder, LoraConfig(rank=4, alpha=8), ranks, str(dtype).removeprefix("torch."))
+        weights = {name.removeprefix("vlm."): p.full_tensor().detach() for name, p in policy.named_parameters()}
+        export_policy(tmp_path / "export", policy, folder, ranks, "a name on the hub")
+    before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "export" / "model.safetensors")
+    assert before.keys() == after.keys() and all(weight.dtype == dtype for weight in after.values())
+    assert {n for n in before if not torch.equal(before[n], after[n])} == {n for n in before if ADAPTED.search(n)}
+    own = load_file(tmp_path / "export" / "adapter" / "adapter_model.safetensors")
+    trained = {name: weight for name, weight in weights.items() if ".lora_" in name}
+    assert own.keys() == {f"base_model.model.{name.replace('.default', '')}" for name in trained}
+    for name, weight in trained.items():
+        assert torch.equal(own[f"base_model.model.{name.replace('.default', '')}"], weight), name
+    config = json.loads((tmp_path / "export" / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "a name on the hub" and config["lora_alpha"] == 8
+
+    load = Qwen2_5_VLForConditionalGeneration.from_pretrained
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        plain, base = load(tmp_path / "export", dtype="auto"), load(folder, dtype="auto")
+        want, old = plain(input_ids=ids).logits, base(input_ids=ids).logits
+        beside = peft.PeftModel.from_pretrained(base, tmp_path / "export" / "adapter")
+        found = beside(input_ids=ids).logits
+    assert plain.dtype == base.dtype == dtype and (want - old).abs().max() > 0.5
+    torch.testing.assert_close(found, want, atol=0.1 if half else 1e-4, rtol=0)
+
+
+def test_a_checkpoint_has_the_adapters_alone(base_folder: Path, tmp_path: Path):
+    pytest.importorskip("peft")
+    lora = LoraConfig(rank=4, alpha=8)
+    with join_ranks() as ranks:
+        policy = adapted(base_folder, lora, ranks)
+        trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+        save_checkpoint(tmp_path, 3, policy, torch.optim.AdamW(trained), ranks, keep=2)
+        names = _LayoutReader(tmp_path / "step-000003").read_metadata().state_dict_metadata
+        assert len(names) == 4 * len(trained) and all(".lora_" in name for name in names)
+        again = adapted(base_folder, lora, ranks)
+        moments = torch.optim.AdamW([parameter for parameter in again.parameters() if parameter.requires_grad])
+        assert load_checkpoint(tmp_path, again, moments) == 3
+        for ours, theirs in zip(again.parameters(), policy.parameters(), strict=True):
+            assert torch.equal(ours.full_tensor(), theirs.full_tensor())
+        for field, other in (("rank", 2), ("alpha", 4), ("targets", "mlp")):
+            policy = adapted(base_folder, dataclasses.replace(lora, **{field: other}), ranks)
+            said = f"step-000003: want a checkpoint of model.lora.{field} {other!r}; got {getattr(lora, field)!r}"
+            with pytest.raises(ValueError, match=said):
+                load_checkpoint(tmp_path, policy, moments)
+        with pytest.raises(ValueError, match=r"step-000003: want a checkpoint of model\.lora\.rank 0; got 4"):
+            load_checkpoint(tmp_path, shard(load_policy(base_folder), ranks, "float32"), moments)
 
 
 @pytest.fixture

@@ -23,6 +23,8 @@ IMPOSSIBLE = {
     "steps": [0, -1],
     "seed": [-1, 2**31],
     "samples_every": [0],
+    "model.lora.rank": [-1],
+    "model.lora.alpha": [0],
     "data.min_pixels": [0, -1, 10**9],  # the last: above max_pixels
     "data.max_pixels": [0, 56 * 56 - 1],
     "rollout.prompts_per_step": [0],
@@ -61,19 +63,19 @@ IMPOSSIBLE = {
 }
 
 
-def sections():
+def sections(kind=Config, prefix=""):
     """('', Config), ('model.', ModelConfig), ...: every dataclass of the configuration, with its fields' prefix."""
-    hints = typing.get_type_hints(Config)
-    return [("", Config), *((name + ".", kind) for name, kind in hints.items() if dataclasses.is_dataclass(kind))]
+    hints = typing.get_type_hints(kind)
+    inner = [(f"{prefix}{name}.", part) for name, part in hints.items() if dataclasses.is_dataclass(part)]
+    return [(prefix, kind), *(found for where, part in inner for found in sections(part, where))]
 
 
 def with_value(config, name, value):
     """A copy of `config` with one field, named as on the command line, set to `value`."""
-    section, _, field = name.rpartition(".")
-    if not section:
-        return dataclasses.replace(config, **{field: value})
-    part = dataclasses.replace(getattr(config, section), **{field: value})
-    return dataclasses.replace(config, **{section: part})
+    section, _, rest = name.partition(".")
+    if rest:
+        value = with_value(getattr(config, section), rest, value)
+    return dataclasses.replace(config, **{section: value})
 
 
 def as_json(config, path):
@@ -130,7 +132,7 @@ def test_every_field_says_what_it_is():
 
 def test_every_changed_value_survives_the_file(tmp_path):
     config = with_value(
-        with_value(with_value(SMALL, "optimizer.lr", 3e-5), "loss.delta", 4.0), "model.freeze_vision", True
+        with_value(with_value(SMALL, "optimizer.lr", 3e-5), "loss.delta", 4.0), "model.lora.targets", "mlp"
     )
     save_config(config, tmp_path / "config.json")
     assert load_config(tmp_path / "config.json") == config
@@ -168,6 +170,7 @@ FAULTS = {
     "truth for a number": (lambda v: v.update(steps=True), "steps: want int; got True"),
     "number for a truth": (lambda v: v["model"].update(freeze_vision=1), "model.freeze_vision: want bool; got 1"),
     "null for a number": (lambda v: v["optimizer"].update(lr=None), "optimizer.lr: want float; got None"),
+    "unknown key of an inner section": (lambda v: v["model"]["lora"].update(r=1), "model.lora.r: unknown key; known"),
     "value for a section": (lambda v: v.update(loss=3), "loss"),
     "unknown choice": (lambda v: v["loss"].update(kl="k4"), "loss.kl: want one of k1, k2, k3; got 'k4'"),
     "impossible value": (lambda v: v["rollout"].update(group_size=1), "rollout.group_size: want >= 2"),
@@ -202,6 +205,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 def test_differing_fields_are_named_with_both_values():
     other = dataclasses.replace(with_value(SMALL, "optimizer.lr", 1e-3), seed=7, resume=True)
     assert differing_fields(SMALL, other) == ["seed: 0 against 7", "optimizer.lr: 1e-06 against 0.001"]
+    assert differing_fields(SMALL, with_value(SMALL, "model.lora.rank", 4)) == ["model.lora.rank: 0 against 4"]
     assert differing_fields(SMALL, dataclasses.replace(SMALL, resume=True)) == []
 
 

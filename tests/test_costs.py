@@ -8,6 +8,7 @@ from stream_cases import made_group, made_prompt, policy_of, small_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.vision_utils import get_vision_window_index
 
+from medground.config import LoraConfig
 from medground.costs import (
     Network,
     Sizes,
@@ -21,7 +22,7 @@ from medground.costs import (
 from medground.packing import pack
 from medground_kernels.grpo_options import GrpoOptions
 
-NOTHING = Network(0, 0, 0, 0.0, 0, 0, window=4, merge=2, vision_trained=True)
+NOTHING = Network(0, 0, 0, 0, 0, 0, 0.0, 0, 0, window=4, merge=2, vision_trained=True)
 GROUP = made_group(made_prompt("a", [3, 5], [(6, 3)]), [4, 1, 9])
 CPU = torch.device("cpu")
 
@@ -33,7 +34,7 @@ def counted(call) -> dict[str, int]:
 
 
 def linear_only(network: Network) -> Network:
-    return network._replace(pair_width=0, full_width=0, window_width=0)
+    return network._replace(pair_width=0, pair_update=0, full_width=0, window_width=0)
 
 
 def products(call) -> int:
@@ -63,6 +64,30 @@ def test_products_are_those_that_torch_counts():
     assert products(update) == frozen["update"] - unseen
 
 
+@pytest.mark.parametrize("targets", ["all", "attention", "mlp"])
+def test_frozen_weights_have_no_gradient_of_their_own(targets: str):
+    pytest.importorskip("peft")
+    policy = policy_of(small_model())
+    plain = network_of(policy)
+    policy.add_adapters(LoraConfig(rank=4, targets=targets), seed=0)
+    packed = pack([GROUP], policy.vlm.config, CPU)
+    advantages, options = torch.tensor([1.0, -1.0, 0.5]), GrpoOptions(loss_type="dapo", beta=0.0)
+
+    def update():
+        policy.loss(packed, advantages, old_logp=None, ref_logp=None, options=options, total_tokens=14).loss.backward()
+
+    network = network_of(policy)
+    found = step_operations(linear_only(network), sizes_of([GROUP]), scorings=1)
+    with torch.no_grad():
+        assert products(lambda: policy(packed, 1.0, adapters=False)) == found["score"]
+    assert products(update) == found["update"]
+    assert policy.vlm.lm_head.weight.grad is None  # whose product torch would not count
+    assert network.head_update == 2 * network.head_weights
+    assert network.token_weights == plain.token_weights and not network.vision_trained
+    layers = policy.vlm.config.text_config.num_hidden_layers
+    assert network.pair_update == plain.pair_update - (2 * plain.pair_width // layers if targets == "mlp" else 0)
+
+
 def test_a_roll_out_runs_every_token_but_the_last_ones():
     network = network_of(policy_of(small_model()))
     (size,) = sizes_of([GROUP])
@@ -72,7 +97,7 @@ def test_a_roll_out_runs_every_token_but_the_last_ones():
     alone = step_operations(tokens, [size], scorings=1)
     assert alone["prefill"] == 2 * network.token_weights * P
     assert alone["decode"] == 2 * network.token_weights * (C - 3)
-    heads = NOTHING._replace(head_weights=10)
+    heads = NOTHING._replace(head_weights=10, head_update=30)
     assert step_operations(heads, [size], scorings=2) == {
         "prefill": 20, "decode": 20 * (C - 3), "score": 2 * 20 * C, "update": 3 * 20 * C
     }  # fmt: skip

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from made_up_profile import HOT, made_up_profile
 
+from bench.step_workloads import WORKLOADS
 from profiles import check, history, record, stored
 from profiles.changes import compare
 from profiles.compare_text import render
@@ -158,12 +159,12 @@ def test_a_disturbed_check_decides_nothing(at, monkeypatch, capsys):
 
 def test_the_check_needs_something_to_compare_with(at, monkeypatch, capsys):
     assert run(monkeypatch, check) == 2
-    assert "want a record to compare with; of test, tiny-cpu, 3b-h100 none was kept on" in capsys.readouterr().err
+    assert f"want a record to compare with; of {', '.join(WORKLOADS)} none was kept on" in capsys.readouterr().err
     keep(kept("test"), folder=at)
     assert run(monkeypatch, check, "test", "tiny-cpu") == 2
     assert "of tiny-cpu none was kept on" in capsys.readouterr().err
     assert run(monkeypatch, check, "huge") == 2
-    assert "want workloads of test, tiny-cpu, 3b-h100; got huge" in capsys.readouterr().err
+    assert f"want workloads of {', '.join(WORKLOADS)}; got huge" in capsys.readouterr().err
 
 
 def test_the_history_command(at, monkeypatch, capsys):

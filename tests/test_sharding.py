@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
+from medground.config import LoraConfig
 from medground.policy import load_policy
 from medground.sharding import WholeCopy, join_ranks, shard
 
@@ -60,3 +61,34 @@ def test_tied_weights_stay_tied(base_folder: Path):
         copy = WholeCopy(shard(policy, ranks, "float32"), ranks, "float32").refresh()
         assert copy.vlm.lm_head.weight is copy.vlm.model.language_model.embed_tokens.weight
         assert torch.equal(copy.vlm.lm_head.weight, policy.vlm.lm_head.weight.full_tensor())
+
+
+def test_adapters_are_merged_into_what_decodes(base_folder: Path):
+    pytest.importorskip("peft")
+    with join_ranks() as ranks:
+        policy = load_policy(base_folder, torch.bfloat16)
+        policy.add_adapters(LoraConfig(rank=4, alpha=8), seed=0)
+        before = {name: parameter.clone() for name, parameter in policy.named_parameters()}
+        policy = shard(policy, ranks, "bfloat16")
+        assert {p.dtype for p in policy.parameters() if p.requires_grad} == {torch.float32}
+        assert {p.dtype for p in policy.parameters() if not p.requires_grad} == {torch.bfloat16}
+        assert {buffer.dtype for buffer in policy.buffers()} == {torch.float32}
+        whole = WholeCopy(policy, ranks, "bfloat16")
+        frozen = whole.policy.vlm.lm_head.weight
+        for step in range(2):
+            with torch.no_grad():
+                for name, parameter in policy.named_parameters():
+                    if "lora_B" in name:
+                        parameter.add_(0.01 * (step + 1))
+            copy = whole.refresh()
+            weights = {name: parameter.full_tensor() for name, parameter in policy.named_parameters()}
+            stem = "vlm.model.language_model.layers.0.mlp.up_proj"
+            A, B = (weights[f"{stem}.lora_{which}.default.weight"].bfloat16().float() for which in "AB")
+            want = (before[f"{stem}.base_layer.weight"].float() + 2.0 * (B @ A)).bfloat16()
+            torch.testing.assert_close(copy.get_parameter(f"{stem}.weight"), want, atol=0, rtol=2**-7)
+            assert not torch.equal(want, before[f"{stem}.base_layer.weight"])
+            assert all(torch.equal(w, before[name]) for name, w in weights.items() if ".lora_" not in name)
+            if not step:
+                assert torch.equal(frozen, before["vlm.lm_head.weight"])
+                frozen.zero_()
+        assert not frozen.any(), "frozen weights are copied once"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench import steps, timing
-from bench.step_floors import Model, Rates, decode_bytes, floors
+from bench.step_floors import Model, Rates, decode_bytes, floors, refresh_bytes
 from bench.step_job import PHASES, Job, make_job
 from bench.step_ours import OurSide
 from bench.step_plain import PlainSide
@@ -58,6 +58,32 @@ def test_the_plain_trainer_has_our_gradient(job, tmp_path, monkeypatch):
         assert ours.metrics["completion_tokens"] == sum(map(sum, job.lengths(0)))
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
         assert ours.save(tmp_path / "checkpoints") is None
+
+
+@pytest.mark.parametrize("peer", ["plain", "TRL", "TRL, whole logits"])
+def test_adapters_have_our_gradient(peer, tmp_path):
+    pytest.importorskip("peft")
+    if peer != "plain":
+        pytest.importorskip("trl")
+        need_trl()
+    job = make_job(tmp_path, "test", TEST._replace(lora_rank=4, checkpointing=True))
+    with join_ranks() as ranks:
+        ours, theirs = OurSide(job, ranks), steps.PEERS[peer](job, tmp_path / "peer")
+        theirs.step()
+        capture = theirs.capture
+        assert ours.compare(capture) < CLOSE
+        assert {name.rsplit(".lora_")[1][0] for name, grad in capture.grads.items() if grad.any()} == {"B"}
+        missing = capture._replace(grads=dict(list(capture.grads.items())[1:]))
+        with pytest.raises(ValueError, match=r"want the same weights trained on both sides; not so are \['model\."):
+            ours.compare(missing)
+        for side in (ours, theirs, ours):
+            assert list(side.step()) == ["step", *PHASES]
+        trained = sum(weight.numel() for weight in ours.asker.policy.parameters() if weight.requires_grad)
+        adapted = ours.network.token_weights  # every matrix of the layers has an adapter
+        item = ours.asker.whole.policy.vlm.dtype.itemsize
+        assert refresh_bytes(ours.asker.policy, item) == 4 * trained + 2 * item * adapted
+        theirs.close()
+        ours.close()
 
 
 def test_rows_end_where_they_are_to():
@@ -156,7 +182,7 @@ def test_what_the_gpu_did_is_in_the_table(job, tmp_path):
 
 
 def test_floors_by_hand():
-    model = Model(parameters=1000, weights=100, itemsize=2, token_bytes=10)
+    model = Model(parameters=1000, refresh_bytes=6000, weights=100, itemsize=2, token_bytes=10)
     groups = [Sizes(5, [], [1, 4]), Sizes(2, [], [3, 2])]
     # three steps of the weights; 5 tokens of prompt in 3 steps, 2 in 2; rows' own: 0, 1 + 2 + 3, 1 + 2, 1
     assert decode_bytes(model, groups) == 3 * 100 * 2 + 10 * (15 + 4 + 6 + 3 + 1)

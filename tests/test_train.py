@@ -18,7 +18,7 @@ from medground.cli import main
 from medground.config import LossConfig, load_config
 from medground.records import Example
 from medground.sharding import join_ranks
-from medground.train import _learning_rate, _order, train
+from medground.train import _learning_rate, _order, _reference, train
 from medground_kernels.linear_grpo import linear_grpo
 
 REPEATABLE = ("reward", "iou", "loss", "grad_norm", "kl", "entropy", "ratio_mean", "completion_tokens")
@@ -109,8 +109,36 @@ def test_two_ranks_equal_one(straight: Path, tmp_path: Path):
     assert a == b
 
 
-def test_a_resumed_run_equals_the_uninterrupted_one(straight: Path, tmp_path: Path):
-    part = tmp_path / "part"
+@pytest.fixture(scope="module")
+def adapted(tiny_job, tmp_path_factory) -> Path:
+    """The same with adapters, which take a larger learning rate."""
+    pytest.importorskip("peft")
+    out = tmp_path_factory.mktemp("adapted") / "run"
+    changes = {"loss.inner-epochs": 2, "loss.beta": 0.05, "checkpoint.every": 2, "model.precision": "float32"}
+    train(tiny_job(out, **changes, **{"model.lora.rank": 4, "optimizer.lr": 1e-3}))
+    return out
+
+
+def test_adapters_train_the_layers_alone(adapted: Path, base_folder: Path):
+    before, after = load_file(base_folder / "model.safetensors"), weights(adapted)
+    for name in before:
+        trained = name.startswith("model.layers.") and name.endswith("_proj.weight")
+        assert torch.equal(before[name], after[name]) != trained, name
+    rows = metrics(adapted)
+    assert rows[0]["kl"] < 1e-3 and rows[-1]["kl"] > 2 * rows[0]["kl"]
+    assert max(row["logp_gap_max"] for row in rows) < 1e-4, "what sampled is what is trained"
+
+
+def test_with_adapters_the_policy_is_its_own_reference(tiny_job, tmp_path: Path):
+    config = tiny_job(tmp_path, **{"model.lora.rank": 4, "loss.beta": 0.1})
+    reference = _reference(lambda packed, temperature, adapters: (packed, temperature, adapters), None, config, None)
+    assert reference("packed", 0.7) == ("packed", 0.7, False)
+    assert _reference(None, None, tiny_job(tmp_path, **{"model.lora.rank": 4}), None) is None
+
+
+@pytest.mark.parametrize("run", ["straight", "adapted"])
+def test_a_resumed_run_equals_the_uninterrupted_one(run: str, request: pytest.FixtureRequest, tmp_path: Path):
+    straight, part = request.getfixturevalue(run), tmp_path / "part"
     config = dataclasses.replace(load_config(straight / "config.json"), out=str(part))
     shutil.copytree(straight, part)
     # as a run stands that was killed in step 5, with half a line of metrics written
@@ -343,6 +371,13 @@ def test_a_model_folder_without_processor(phantoms: Path, base_folder: Path, tmp
         str(phantoms),
     ]
     assert "want a model folder with a processor" in say(capsys, words)
+
+
+def test_adapters_without_peft(tiny_job, tmp_path: Path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ValueError, match=r"model.lora.rank: adapters want peft"):
+        train(tiny_job(tmp_path / "run", **{"model.lora.rank": 4}))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_folder_of_another_run(straight: Path, tiny_job, tmp_path: Path):
