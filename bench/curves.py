@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from bench.bars import Bar
-from bench.curves_fit import TOLERANCE, judge, one_rate
+from bench.curves_fit import TOLERANCE, judge, one_rate, steady
 from bench.curves_points import AXES, LARGE_V, PHASES, make_points, visit
 from bench.curves_ranks import measure_ranks
 from bench.packed import write
@@ -69,10 +69,11 @@ def _curve(name: str, device: torch.device, axis: str, values: tuple[int, ...], 
 
 def per_token(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Seconds of an update for each completion token over G: ours and rows', measured and predicted at our rate."""
-    seconds = [median(point["seconds"]["update"]) for point in points]
+    samples = steady([point["seconds"]["update"] for point in points]).tolist()
+    seconds = [median(each) for each in samples]
     rate = one_rate(seconds, [point["operations"]["update"] for point in points])
     found = []
-    for point, ours in zip(points, seconds, strict=True):
+    for point, each, ours in zip(points, samples, seconds, strict=True):
         tokens, operations = point["size"]["G"] * point["size"]["C"], point["operations"]
         rows = point["seconds"].get("rows")
         predicted = operations["update"] / rate
@@ -80,7 +81,7 @@ def per_token(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
             {
                 "G": point["value"],
                 "measured": ours / tokens,
-                "samples": [sample / tokens for sample in point["seconds"]["update"]],
+                "samples": [sample / tokens for sample in each],
                 "predicted": predicted / tokens,
                 "ratio": ours / predicted,
                 "rows_measured": median(rows) / tokens if rows else None,

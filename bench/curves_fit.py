@@ -4,8 +4,7 @@
 
 fitted by least squares of the relative errors. Growth is the slope of log seconds over log size, on the upper half of
 an axis, where overhead counts least; theory's is that of the operations, which overhead can only make flatter. The
-measured one comes with an interval: rounds are drawn with replacement, whole, since their points share the machine's
-mood.
+measured one comes with an interval, from rounds drawn with replacement.
 """
 
 from collections.abc import Sequence
@@ -43,6 +42,15 @@ class Growth(NamedTuple):
     def is_faster(self) -> bool:
         """Whether it is beyond theory's by more than tolerance and chance."""
         return self.low > self.theory + TOLERANCE
+
+
+def steady(samples: ArrayLike) -> NDArray:
+    """Samples [points, rounds] as they would be had the machine been as fast in every round as it mostly was.
+
+    How slow a round was is the median over points of its samples over each point's own median: all points share it.
+    """
+    samples = np.asarray(samples, float)
+    return samples / np.median(samples / np.median(samples, axis=1, keepdims=True), axis=0)
 
 
 def fit_costs(seconds: ArrayLike, calls: ArrayLike, operations: ArrayLike) -> Fit:
@@ -88,9 +96,9 @@ def compare_growth(values: Sequence[int], samples: ArrayLike, operations: Sequen
 
 
 def judge(points: Sequence[dict[str, Any]], phase: str) -> dict[str, Any]:
-    """A phase over an axis, as JSON has it: medians, fit, the point that is farthest from it, growth."""
+    """A phase over an axis, as JSON has it: steady samples, medians, fit, the point farthest from it, growth."""
     values = [point["value"] for point in points]
-    samples = np.array([point["seconds"][phase] for point in points])
+    samples = steady([point["seconds"][phase] for point in points])
     calls, operations = ([point[name][phase] for point in points] for name in ("calls", "operations"))
     seconds = np.median(samples, axis=1)
     fit = fit_costs(seconds, calls, operations)
@@ -99,6 +107,7 @@ def judge(points: Sequence[dict[str, Any]], phase: str) -> dict[str, Any]:
     growth = compare_growth(values, samples, operations)
     return {
         "seconds": seconds.tolist(),
+        "samples": samples.tolist(),
         "fitted": fitted.tolist(),
         "overhead": fit.overhead,
         "rate": None if np.isinf(fit.rate) else fit.rate,

@@ -117,7 +117,7 @@ def _phases(axes: Axes, axis: str, curve: dict[str, Any]) -> None:
     for phase, (color, _) in MARKS.items():
         judged = curve["phases"][phase]
         axes.plot(values, judged["fitted"], color=color, lw=1.3)
-        _marks(axes, values, [point["seconds"][phase] for point in curve["points"]], judged["seconds"], phase)
+        _marks(axes, values, judged["samples"], judged["seconds"], phase)
     axes.set(title=f"Seconds over {axis}", xlabel=NAMES[axis], xscale="log", yscale="log")
     _ticks(axes, values)
 

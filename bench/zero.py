@@ -118,11 +118,11 @@ def render(result: dict[str, Any]) -> str:
     sizes, about = result["sizes"], result["environment"]
     versions = ", ".join(f"{name} {about['packages'][name] or 'absent'}" for name in ("torch", "deepspeed"))
     lines = [
-        f"Update of a GRPO step, Qwen2.5-VL of random weights, {sizes['model']}: {sizes['prompts']} prompts a rank, "
+        f"Update of a GRPO step, Qwen2.5-VL of random weights, {sizes['model']}: prompts a rank {sizes['prompts']}, "
         f"P {sizes['P']}, {sizes['image_tokens']} of them the image's, G {sizes['G']}, C {sizes['C']}. "
         f"{about['device']}, {versions}.",
         "",
-        "| ranks | | ms | / ours | least to most | / ours, unpacked | held, MB | more at the peak, MB |",
+        "| ranks | | seconds | / ours | least to most | / ours, unpacked | held, MB | more at the peak, MB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for n, seconds in result["seconds"].items():
@@ -130,7 +130,7 @@ def render(result: dict[str, Any]) -> str:
             ratio, unpacked = result["speedups"][n].get(name), result["unpacked"][n].get(name)
             memory = [f"{result[key][n][name] / 1e6:.4g}" for key in ("held_bytes", "peak_bytes")]
             cells = [
-                n, name, f"{times['median'] * 1e3:.4g}",
+                n, name, f"{times['median']:.4g}",
                 f"{ratio['median']:.2f}" if ratio else "",
                 f"{ratio['least']:.2f} to {ratio['most']:.2f}" if ratio else "",
                 f"{unpacked['median']:.2f}" if unpacked else "", *memory,

@@ -1,8 +1,9 @@
 """DeepSpeed's side of `bench.zero`: ZeRO-2 or ZeRO-3 on padded rows, as MedGround-R1 and VLM-R1 train.
 
-The settings are those of the files that VLM-R1's scripts name, `auto` filled in as transformers does, but for ZeRO-2's
-buckets: they are no larger than the model, whose gradients one bucket holds either way. AdamW is torch's, fused, handed
-to `deepspeed.initialize` as transformers' trainer does.
+Settings are those of the `zero2.json` and `zero3.json` in the family of VLM-R1's scripts (as trainers that grew from it
+ship them), `auto` filled in as transformers does, but for ZeRO-2's buckets: they are no larger than the model, for one
+holds all its gradients either way. AdamW is torch's, fused, handed to `deepspeed.initialize` as transformers' trainer
+does.
 """
 
 import os

@@ -31,8 +31,8 @@ def render_comparison(before: dict[str, Any], after: dict[str, Any], found: Comp
         _tiles(found),
         "<h2>Phases</h2>",
         _phases(before, after, found),
-        f'<p class="note">{BARS} Slower or faster: by more than the threshold, and no step of one record is as fast as '
-        "any of the other.</p>",
+        f'<p class="note">{BARS} Slower or faster: by more than the threshold in the median of the steps, each '
+        "compared with the one that did the same work, and by half of it in every one.</p>",
         _idle(found),
         "<h2>Time lines of the traced steps</h2>",
         *_time_lines(before, after),

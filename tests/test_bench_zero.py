@@ -187,7 +187,7 @@ def test_the_table_and_its_bars(monkeypatch):
         ("update, 1 rank", "3.00x", True), ("update, 2 ranks", "3.00x", True),
     ]  # fmt: skip
     text = render(result)
-    assert "| 2 | DeepSpeed ZeRO-3 | 3000 | 3.00 | 2.00 to 4.00 | 1.50 | 1e-05 | 2e-05 |" in text
+    assert "| 2 | DeepSpeed ZeRO-3 | 3 | 3.00 | 2.00 to 4.00 | 1.50 | 1e-05 | 2e-05 |" in text
     json.dumps(result)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from bench import curves, curves_points, curves_ranks
 from bench.curves import bars, measure, per_token, render
-from bench.curves_fit import TOLERANCE, compare_growth, fit_costs, judge, one_rate, slope
+from bench.curves_fit import TOLERANCE, compare_growth, fit_costs, judge, one_rate, slope, steady
 from bench.curves_points import AXES, PHASES, Point, make_points, size_at, visit
 from bench.curves_ranks import measure_ranks, summarize
 from bench.random_model import SIZES, make_example
@@ -23,10 +23,10 @@ NEEDS_MATPLOTLIB = pytest.mark.skipif(not importlib.util.find_spec("matplotlib")
 
 
 def made_up(values, costs, rounds=5, noise=0.03, seed=0):
-    """Samples [points, rounds] around costs, each round with a mood of its own."""
+    """Samples [points, rounds] around costs, each round with a mood of its own, which is taken out again."""
     random = np.random.default_rng(seed)
     mood = random.uniform(0.7, 1.5, rounds)
-    return np.array(costs)[:, None] * mood * np.exp(noise * random.standard_normal((len(values), rounds)))
+    return steady(np.array(costs)[:, None] * mood * np.exp(noise * random.standard_normal((len(values), rounds))))
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +86,13 @@ def test_linear_growth_is_not_flagged_and_faster_growth_is(seed):
     assert growth.is_faster and growth.measured - growth.theory == pytest.approx(0.3, abs=0.1)
 
 
+def test_slow_rounds_are_evened_out_and_a_slow_sample_stays():
+    samples = np.outer([1.0, 10.0, 100.0], [1.0, 2.0, 1.0])
+    samples[2, 0] = 500.0
+    assert steady(samples).tolist() == [[1, 1, 1], [10, 10, 10], [500, 100, 100]]
+    assert steady([[3.0], [4.0]]).tolist() == [[3], [4]]
+
+
 def test_a_mood_of_the_machine_is_no_uncertainty():
     costs = [float(g) for g in G]
     growth = compare_growth(G, made_up(G, costs, noise=0.0), costs)
@@ -95,6 +102,11 @@ def test_a_mood_of_the_machine_is_no_uncertainty():
     # chance alone does not convict: one round of three is far off
     spread = np.array([costs, costs, [c**1.5 for c in costs]]).T
     assert not compare_growth(G, spread, costs).is_faster
+
+
+def test_more_rounds_make_an_interval_narrower():
+    few, many = (compare_growth(G, made_up(G, G, rounds), G) for rounds in (4, 64))
+    assert many.high - many.low < (few.high - few.low) / 2
 
 
 def points_of(operations, seconds, sizes=((600, 8, 128),) * 2):
@@ -111,8 +123,8 @@ def points_of(operations, seconds, sizes=((600, 8, 128),) * 2):
 
 
 def test_a_phase_is_judged_by_its_medians():
-    judged = judge(points_of([1e9, 3e9], [[1.0, 1.0, 9.0], [2.5, 0.0001, 2.5]]), "update")
-    assert judged["seconds"] == [1.0, 2.5]
+    judged = judge(points_of([1e9, 3e9], [[1.0, 2.0, 1.0], [2.5, 5.0, 2.5]]), "update")
+    assert judged["seconds"] == [1.0, 2.5] and judged["samples"] == [[1.0] * 3, [2.5] * 3]
     assert judged["overhead"] == pytest.approx(0.25) and judged["rate"] == pytest.approx(3e9 / 2.25)
     assert judged["fitted"] == pytest.approx([1.0, 2.5]) and judged["worst"]["ratio"] == pytest.approx(1)
     assert judged["growth"]["theory"] == pytest.approx(np.log2(3))
