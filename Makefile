@@ -17,7 +17,7 @@ comma := ,
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 EXTRAS := $(if $(HAS_GPU),dev$(comma)gpu,dev)
 
-.PHONY: help setup test demo mutate lint types bench bench-check gpu clean
+.PHONY: help setup test demo mutate lint types bench bench-kernels bench-check gpu clean
 
 help:
 	@echo "make setup   make the environment .venv (PYTHON=python3.12 picks the interpreter)"
@@ -26,7 +26,8 @@ help:
 	@echo "make mutate  change the kernels line by line and count what the tests notice (ARGS=token_logprob narrows it)"
 	@echo "make lint    check style, imports and types"
 	@echo "make peers   install TRL, Liger, cut-cross-entropy and DeepSpeed into peers/, to be measured too"
-	@echo "make bench   measure steps and kernels beside their peers (ARGS='-k steps' narrows it, ARGS=--save keeps it)"
+	@echo "make bench   measure whole steps beside TRL and a plain trainer (ARGS=--save keeps it)"
+	@echo "make bench-kernels  measure the kernels beside their peers (ARGS='-k sample' narrows it, ARGS=--save keeps it)"
 	@echo "make bench-check  record whole steps and compare them with the last kept ones (ARGS=tiny-cpu narrows it)"
 	@echo "make gpu     run every test, the benchmark and a profile on the GPU with PYTHON=, which has torch; installs nothing"
 	@echo "make clean   remove .venv and caches; runs/ stays"
@@ -86,7 +87,7 @@ types: setup $(LINK)
 # what TRL's trainer imports; named one by one, since pip would bring another torch and transformers along. The first
 # three are in .venv too, in these versions, but `make gpu` does without it
 TRL_NEEDS := accelerate==1.15.0 peft==0.21.2 psutil==7.2.2 datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19 pandas==3.1.1 \
-	python-dateutil==4.0.0 tzdata==2026.6 pyarrow==26.0.1 xxhash==4.1.0
+	python-dateutil==4.0.0 tzdata==2026.6 pyarrow==26.0.1 xxhash==4.1.0 greenlet==3.5.6
 
 DEEPSPEED := 0.19.8
 DEEPSPEED_NEEDS := einops==0.8.2 hjson==3.1.0 msgpack==1.2.4 ninja==1.13.2
@@ -103,7 +104,11 @@ peers: | setup
 
 bench: export PYTHONPATH := $(CURDIR)/peers$(if $(PYTHONPATH),:$(PYTHONPATH))
 bench: setup
-	$(PY) -m pytest bench -q $(ARGS)
+	$(PY) -m pytest bench/bench_steps.py -q $(ARGS)
+
+bench-kernels: export PYTHONPATH := $(CURDIR)/peers$(if $(PYTHONPATH),:$(PYTHONPATH))
+bench-kernels: setup
+	$(PY) -m pytest bench -q --ignore=bench/bench_steps.py $(ARGS)
 
 bench-check: setup
 	$(PY) -m profiles.check $(ARGS)

@@ -17,7 +17,10 @@ from bench.table import device_slug
 ROOT = Path(__file__).parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(DEVICE == "cpu", reason="minutes on a CPU: python -m bench.packed, python -m bench.zero"),
+]
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@
 Peers run as their own callers call them, at their defaults. What they demand is done for them outside the clock where
 it is a matter of layout (padding [N] to [S, T] is not, in a trainer that pads anyway), and what they would do beside
 the work is left out: TRL's loss runs without its metrics, the plain losses without any statistics, while ours makes
-them all. Wheels are enough: TRL's backward asks `trl.trainer.utils` for a context manager that gathers ZeRO-3
-parameters, a null context without DeepSpeed, and that module would import accelerate and datasets.
+them all. TRL's wheel alone is enough: its backward asks `trl.trainer.utils` for a context manager that gathers ZeRO-3
+parameters, a null context here, and where that module cannot import accelerate and datasets, a stand-in gives it.
 """
 
 import importlib
@@ -26,12 +26,19 @@ def load(module: str) -> types.ModuleType:
     """A peer's module; UnavailableError where it is not installed."""
     try:
         if module.startswith("trl."):
-            stub = types.ModuleType("trl.trainer.utils")
-            stub.maybe_gather_lm_head_ctx = lambda *_: nullcontext()
-            sys.modules.setdefault("trl.trainer.utils", stub)
+            _need_trl_utils()
         return importlib.import_module(module)
     except ImportError as error:
         raise UnavailableError(f"not installed: {error}") from error
+
+
+def _need_trl_utils() -> None:
+    try:
+        importlib.import_module("trl.trainer.utils")
+    except ImportError:  # of what TRL's trainer needs and its loss does not
+        stub = types.ModuleType("trl.trainer.utils")
+        stub.maybe_gather_lm_head_ctx = lambda *_: nullcontext()
+        sys.modules["trl.trainer.utils"] = stub
 
 
 def needs_cuda() -> None:

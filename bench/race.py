@@ -18,7 +18,7 @@ from bench.table import Row
 OURS, YARDSTICK = "ours", "torch"
 SLACK = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 PEER_ALLOWED = 0.05
-BUDGET = 0.3 if torch.cuda.is_available() else 1.5
+BUDGET = 0.3 if torch.cuda.is_available() else 0.5
 """Seconds of samples for each contender of a race."""
 
 Result = dict[str, Tensor | Callable[[], Tensor]]

@@ -6,8 +6,6 @@ again, as earlier releases and trainers made after them have them.
 
 import gc
 import importlib
-import queue
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,6 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging
 
-from bench import timing
 from bench.race import UnavailableError
 from bench.random_model import TEMPLATE
 from bench.step_job import LR, NO_LIMIT, PHASES, SEED, Capture, Job, Seconds, gradients, reward
@@ -24,7 +21,7 @@ from bench.step_rows import END, exact_lengths, make_row_processor
 from medground.lora import draw_adapters, peft_config
 from medground.prompts import TEMPLATES
 
-PACKAGES = ("datasets", "accelerate", "trl")
+PACKAGES = ("datasets", "accelerate", "greenlet", "trl")
 
 
 def need_trl() -> None:
@@ -44,7 +41,10 @@ def need_trl() -> None:
 
 
 class TrlSide:
-    """A GRPOTrainer in a thread of its own, which waits after each step until it is asked for the next one.
+    """A GRPOTrainer in a greenlet, which hands control back after each step until it is asked for the next one.
+
+    Not in a thread: each thread that computes has OpenMP's workers of its own, and with more of them than cores small
+    operations take twice as long, on all sides.
 
     Attributes:
         capture: what the first step was.
@@ -52,50 +52,27 @@ class TrlSide:
 
     def __init__(self, job: Job, folder: Path, fused: bool = True):
         need_trl()
+        from greenlet import greenlet
+
         logging.set_verbosity_error()
         self.capture: Capture | None = None
-        self._turns: queue.Queue[bool] = queue.Queue()
-        self._results: queue.Queue[Seconds | BaseException] = queue.Queue()
         self._watch = _Watch(job, self)
         self._trainer = _make_trainer(job, folder, fused, self._watch)
-        self._thread = threading.Thread(target=self._train, daemon=True)
+        self._run = greenlet(lambda _: self._trainer.train())
 
     def step(self) -> Seconds:
-        if self._thread.ident is None:
-            self._thread.start()
-        self._turns.put(True)
-        found = self._results.get()
-        if isinstance(found, BaseException):
-            raise found
-        return found
-
-    def peak_of_step(self) -> int:
-        """Bytes that a step holds at most beyond what was held before."""
-        self._watch.wants_peak = True
-        self.step()
-        return self._watch.peak.bytes
+        return self._run.switch(True)
 
     def close(self) -> None:
-        if self._thread.is_alive():
-            self._turns.put(False)
-            self._thread.join()
-        del self._trainer, self._watch
+        if self._run:  # begun, and not ended by an error
+            self._run.switch(False)
+        del self._trainer, self._watch, self._run
         gc.collect()
         torch.cuda.empty_cache()
 
-    def wait(self) -> bool:
-        """In the trainer's thread: whether there is to be another step."""
-        return self._turns.get()
-
-    def report(self, seconds: Seconds) -> None:
-        """In the trainer's thread: a step is done."""
-        self._results.put(seconds)
-
-    def _train(self) -> None:
-        try:
-            self._trainer.train()
-        except BaseException as error:  # handed to whoever asked for the step
-            self._results.put(error)
+    def hand_over(self, seconds: Seconds) -> bool:
+        """In the trainer's greenlet, a step being done: whether there is to be another one."""
+        return self._run.parent.switch(seconds)
 
 
 class _Watch(TrainerCallback):
@@ -104,10 +81,9 @@ class _Watch(TrainerCallback):
     def __init__(self, job: Job, side: TrlSide):
         self.job, self.side = job, side
         self.steps = 0
-        self.wants_peak, self.peak = False, timing.PeakMemory()
         self.generated: dict[str, torch.Tensor] = {}
         self._seconds: Seconds = {}
-        self._last = self._start = 0.0
+        self._last = 0.0
 
     def lap(self, phase: str) -> None:
         """End a phase; one that returns adds up."""
@@ -121,13 +97,10 @@ class _Watch(TrainerCallback):
         return time.perf_counter()
 
     def _begin(self) -> None:
-        if self.wants_peak:  # in this thread, the only one that a profiler sees on a CPU
-            self.peak.__enter__()
         self._seconds = dict.fromkeys(PHASES, 0.0)
-        self._last = self._start = self._now()
+        self._last = self._now()
 
     def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
-        self.side.wait()
         self._begin()
 
     def on_pre_optimizer_step(self, args, state, control, *, model, **kwargs: Any) -> None:
@@ -138,16 +111,12 @@ class _Watch(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs: Any) -> None:
         self.lap("optimizer")
-        if self.wants_peak:
-            self.peak.__exit__(None, None, None)
-            self.wants_peak = False
         found = self.generated["completion_mask"].sum(1).view(len(self.job.examples), -1).tolist()
         wanted = self.job.lengths(self.steps)
         if found != wanted:
             raise ValueError(f"want completions of the lengths {wanted} from TRL; got {found}")
         self.steps += 1
-        self.side.report({"step": sum(self._seconds.values())} | self._seconds)
-        if self.side.wait():
+        if self.side.hand_over({"step": sum(self._seconds.values())} | self._seconds):
             self._begin()
         else:
             control.should_training_stop = True

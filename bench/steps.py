@@ -120,7 +120,7 @@ class Race:
         return None
 
     def _warm_up(self, name: str, side: Side) -> None:
-        peak = side.peak_of_step() if isinstance(side, TrlSide) else timing.peak_memory(timing.Turn(side.step))
+        peak = timing.peak_memory(timing.Turn(side.step))
         self.sides[name].peak_bytes = torch.cuda.max_memory_allocated() if self.cuda else peak
         for _ in range(WARM_UP[self.job.device.type] - 1):
             side.step()

@@ -149,7 +149,7 @@ def peak_memory(turn: Turn) -> int:
 
 
 class PeakMemory:
-    """Most bytes held at a time while it is open, beyond what was held before; on a CPU by the thread that opens it."""
+    """Most bytes held at a time while it is open, beyond what was held before it."""
 
     def __init__(self) -> None:
         self.bytes = self._before = 0
