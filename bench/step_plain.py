@@ -95,7 +95,6 @@ class PlainSide:
     def _generate(self, inputs: dict[str, Tensor], groups: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Prompts [S, P], completions [S, C] and which of their tokens count [S, C]."""
         job, config, end = self.job, self._model.config, self._processor.tokenizer.convert_tokens_to_ids(END)
-        never = [config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id]
         sampling = GenerationConfig(
             do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=job.size.C, eos_token_id=end,
             pad_token_id=config.text_config.pad_token_id
@@ -105,7 +104,7 @@ class PlainSide:
             out = self._model.generate(
                 **inputs,
                 generation_config=sampling,
-                logits_processor=exact_lengths(job, self.steps, end, never, lambda: self._lap("prefill"), groups),
+                logits_processor=exact_lengths(job, self.steps, end, config, lambda: self._lap("prefill"), groups),
             )
         self._model.train()
         P = inputs["input_ids"].shape[1]

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 from transformers.processing_utils import ProcessorMixin
 
@@ -53,8 +53,9 @@ class ExactLengths(LogitsProcessor):
 
 
 def exact_lengths(
-    job: Job, step: int, end: int, never: Sequence[int], on_first: Callable[[], None], groups: slice = slice(None)
+    job: Job, step: int, end: int, config: Qwen2_5_VLConfig, on_first: Callable[[], None], groups: slice = slice(None)
 ) -> LogitsProcessorList:
     """For `generate` on the rows of these of the step's prompts, G after G."""
     lengths = [length for row in job.lengths(step)[groups] for length in row]
+    never = [config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id]
     return LogitsProcessorList([ExactLengths(lengths, end, never, on_first)])

@@ -168,10 +168,9 @@ def _make_trainer(job: Job, folder: Path, fused: bool, watch: _Watch):
 
 def _set_lengths(model, job: Job, watch: _Watch, end: int) -> None:
     generate, config = model.generate, model.config
-    never = [config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id]
 
     def generate_of_lengths(**inputs):
-        processors = exact_lengths(job, watch.steps, end, never, lambda: watch.lap("prefill"))
+        processors = exact_lengths(job, watch.steps, end, config, lambda: watch.lap("prefill"))
         return generate(**inputs, logits_processor=processors)
 
     model.generate = generate_of_lengths
