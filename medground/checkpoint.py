@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from medground.adamw import state_of
 from medground.config import LoraConfig
 from medground.lora import merge_adapters, save_adapters
 
@@ -137,12 +138,7 @@ def _state(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Tensor
     for name, parameter in policy.named_parameters():
         if parameter.requires_grad:
             state[f"policy.{name}"] = weights[name]
-            moments = optimizer.state[parameter]
-            if not moments:  # before the first step
-                zeros = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                step = torch.zeros((), device=parameter.device)
-                moments.update(step=step, exp_avg=zeros, exp_avg_sq=zeros.clone())
-            state |= {f"optimizer.{name}.{key}": value for key, value in moments.items()}
+            state |= {f"optimizer.{name}.{key}": value for key, value in state_of(optimizer, parameter).items()}
     return state
 
 
@@ -161,7 +157,7 @@ class _LayoutReader(dcp.FileSystemReader):
 
 class _LayoutUnpickler(pickle.Unpickler):
     _KNOWN = frozenset(
-        {("torch", name) for name in ("Size", "device", "float32", "bfloat16", "int64")}
+        {("torch", name) for name in ("Size", "device", "float32", "bfloat16", "int64", "uint8")}
         | {
             ("torch.distributed.checkpoint.metadata", name)
             for name in (
