@@ -63,6 +63,12 @@ OLD_TRITON := .path/triton-3.6.0
 $(OLD_TRITON): | setup
 	$(PIP) install -qq --no-compile --no-deps --target $@ triton==3.6.0
 
+# not in .venv: transformers imports it wherever it finds it, a second and some warnings in every process
+EIGHT_BIT := .path/torchao-0.18.0
+
+$(EIGHT_BIT): | setup
+	$(PIP) install -qq --no-compile --no-deps --target $@ torchao==0.18.0
+
 $(LINK):
 	@mkdir -p $(@D) && ln -sfn ../kernels $@
 

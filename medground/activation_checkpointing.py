@@ -1,7 +1,7 @@
 """What the backward pass of a decoder layer or vision block computes again instead of keeping it.
 
     none        nothing
-    selective   all but the results of matrix products and attention
+    selective   all but the results of attention and of matrix products, adapters' second ones aside
     full        all of it, from the layer's input
 
 A layer's matrix products are nearly all of its work and about half of what it would keep: norms, rotations, casts, the
@@ -17,6 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch._functorch.config as compiler
+from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 if TYPE_CHECKING:
@@ -46,10 +47,18 @@ def checkpoint_activations(
     if kind == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     model.gradient_checkpointing_enable(options)
+    # transformers has the inputs of all layers ask for gradients, which only reentrant checkpoints need: gradients
+    # would go all the way through a frozen vision tower
+    model.disable_input_require_grads()
 
 
-def _policy(_context: Any, operation: OpOverload, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+def _policy(_context: Any, operation: OpOverload, *args: Any, **_kwargs: Any) -> CheckpointPolicy:
     name = operation._schema.name
-    # FlashAttention's own operations and SDPA's are named in many ways, but after what they do
-    kept = name in _PRODUCTS or "attn" in name or "attention" in name
+    if name in _PRODUCTS:
+        left, right = [arg for arg in args if isinstance(arg, Tensor)][-2:]
+        # an adapter's second product is as large as what it is added to, but next to no work
+        kept = name == "aten::convolution" or 8 * left.shape[-1] >= right.shape[-1]
+    else:
+        # FlashAttention's own operations and SDPA's are named in many ways, but after what they do
+        kept = "attn" in name or "attention" in name
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -12,6 +12,7 @@ that a checkpoint goes on elsewhere exactly. Rows that no block of 64 or more di
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,9 @@ def need_torchao() -> None:
     Raises:
         ValueError: it cannot.
     """
-    os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")  # its CUDA libraries: the optimizer has none
+    # its compiled libraries, of which the optimizer needs none, are made for certain versions of torch
+    os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # it would warn that they are left out
     try:
         importlib.import_module("torchao.optim")
     except ImportError as error:

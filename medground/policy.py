@@ -78,7 +78,8 @@ def empty_policy(folder: Path, dtype: torch.dtype) -> Policy:
         ValueError: the folder holds no such model.
     """
     config = check_model(folder)
-    config.dtype = dtype
+    for part in (config, config.text_config, config.vision_config):
+        part.dtype = dtype
     with torch.device("meta"):
         vlm = Qwen2_5_VLForConditionalGeneration(config)
     vlm.to(dtype)

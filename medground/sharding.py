@@ -173,7 +173,7 @@ def shard(policy: Policy, ranks: Ranks, precision: str, *, cpu_offload: bool = F
     # inputs stay as the model makes them: it computes rotary phases in float32
     mixed = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     offload = CPUOffloadPolicy(pin_memory=ranks.device.type == "cuda") if cpu_offload else OffloadPolicy()
-    if not any(parameter.is_meta for parameter in policy.parameters()):
+    if {parameter.device for parameter in policy.parameters()} - {ranks.device, torch.device("meta")}:
         policy.to(ranks.device)
     for block in [*policy.vlm.model.visual.blocks, *policy.vlm.model.language_model.layers]:
         fully_shard(block, mesh=ranks.mesh, mp_policy=mixed, offload_policy=offload)
@@ -255,7 +255,7 @@ def _whole_already(sharded: Policy, dtype: torch.dtype, device: torch.device) ->
     for name, parameter in sharded.named_parameters():
         local, start, stop = own_rows(parameter)
         whole = start == 0 and stop == len(parameter)
-        adapted = ".base_layer." in name or ".lora_" in name
+        adapted = name.endswith(".base_layer.weight") or ".lora_" in name
         if whole and not parameter.requires_grad and not adapted and (local.dtype, local.device) == (dtype, device):
-            found[name] = local
+            found[name.replace(".base_layer.", ".")] = local
     return found

@@ -12,11 +12,16 @@ from typing import Any, NamedTuple
 
 import peft  # noqa: F401  # before the ranks are forked
 import torch
+import torch.distributed.checkpoint as dcp
 import torch.multiprocessing
+from eight_bit import has_torchao
 from stream_cases import small_model
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from uneven_update import LARGEST, all_groups, update
 
+from bench.loading import peak_growth, write_model
+from medground.adamw import adamw, state_of
 from medground.build import build_optimizer, build_policy, build_reference
 from medground.checkpoint import export_policy, load_checkpoint, save_checkpoint
 from medground.config import (
@@ -144,6 +149,44 @@ def gradient_of(ranks: Ranks) -> dict[str, Any]:
     return {"weights": weights, "statistics": statistics, "moved": sum(ranks.gather(moved))}
 
 
+def loading_of(ranks: Ranks, folder: Path) -> dict[str, int]:
+    """By how much a rank's memory grows at most where it loads a model large enough to tell."""
+    config = config_of(ALONE[0], folder)
+    growth, _ = peak_growth(lambda: build_policy(folder / "large", config, ranks))
+    return {"bytes": max(ranks.gather(growth))}
+
+
+def eight_bit_of(ranks: Ranks, folder: Path) -> dict[str, Tensor]:
+    """Weights and moments after three steps in 8 bits on made-up gradients; the last one again, from two ranks' state.
+
+    Rows are more than ranks have evenly, and in one case fewer than ranks.
+    """
+    shapes, config = [(9, 512), (97, 64), (1, 8192)], OptimizerConfig(kind="adamw-8bit", lr=0.01)
+    found: dict[str, Tensor] = {}
+    for first in (0, 2) if ranks.size == 1 else (0,):
+        generator = torch.Generator().manual_seed(1)
+
+        def drawn(shape: tuple[int, int], generator: torch.Generator = generator) -> Tensor:
+            return distribute_tensor(torch.randn(shape, generator=generator), ranks.mesh, [Shard(0)])
+
+        weights = [torch.nn.Parameter(drawn(shape)) for shape in shapes]
+        optimizer = adamw(weights, config)
+        state = {f"{i}.weight": weight.data for i, weight in enumerate(weights)}
+        state |= {f"{i}.{name}": t for i, w in enumerate(weights) for name, t in state_of(optimizer, w).items()}
+        if first:
+            dcp.load(state, checkpoint_id=folder / "eight-bit")
+        for step in range(3):
+            for weight, shape in zip(weights, shapes, strict=True):
+                weight.grad = drawn(shape)
+            if step >= first:
+                optimizer.step()
+            if step == 1 and ranks.size == 2:
+                dcp.save(state, checkpoint_id=folder / "eight-bit")
+        whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in state.items()}
+        found |= {f"{name} from {first}": t.clone() for name, t in whole.items()}
+    return found
+
+
 def _rank(rank: int, size: int, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     runs = {run.name: partial(steps_of, run, folder=folder) for run in ALONE + SHARDED if run.ranks == size}
@@ -153,7 +196,9 @@ def _rank(rank: int, size: int, folder: Path) -> None:
             runs[f"{run.name}-resumed"] = partial(steps_of, alone, folder=folder, resume=resume)
     with join_ranks() as ranks:
         if size < 4:
-            runs[f"gradient-{size}"] = gradient_of
+            runs |= {f"gradient-{size}": gradient_of, f"loading-{size}": partial(loading_of, folder=folder)}
+        if has_torchao():
+            runs[f"eight-bit-{size}"] = partial(eight_bit_of, folder=folder)
         for name, run in runs.items():
             found = run(ranks)
             if ranks.is_first:
@@ -162,7 +207,9 @@ def _rank(rank: int, size: int, folder: Path) -> None:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
+    torch.compiler.set_stance("force_eager")  # torchao compiles its step once a shape, half a minute each on a CPU
     save_models(folder)
+    write_model("small", folder / "large")
     for size in (4, 2, 1):
         store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         os.environ |= {  # as torchrun sets them

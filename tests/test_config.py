@@ -1,4 +1,4 @@
-"""Configurations: presets, impossible values, and the JSON file that a run keeps of its own."""
+"""Configurations: impossible values, and the JSON file that a run keeps of its own."""
 
 import ast
 import dataclasses
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import medground.config
-from medground.config import Config, DataConfig, ModelConfig, differing_fields, load_config, save_config
+from medground.config import Config, DataConfig, ModelConfig, RolloutConfig, differing_fields, load_config, save_config
 from medground.presets import PRESETS
 
 SMALL = Config(out="runs/x", steps=2, model=ModelConfig(path="m"), data=DataConfig(path="d"))
@@ -22,10 +22,12 @@ NAN = math.nan
 IMPOSSIBLE = {
     "out": [""],
     "steps": [0, -1],
+    "epochs": [1, -1],  # 1: beside steps
     "seed": [-1, 2**31],
     "samples_every": [0],
     "model.lora.rank": [-1],
     "model.lora.alpha": [0],
+    "sharding.replicas": [-1],
     "data.min_pixels": [0, -1, 10**9],  # the last: above max_pixels
     "data.max_pixels": [0, 56 * 56 - 1],
     "rollout.prompts_per_step": [0],
@@ -84,19 +86,6 @@ def as_json(config, path):
     return json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_survives_a_round_trip_through_its_file(name, tmp_path):
-    description, config = PRESETS[name]
-    assert description.endswith(".")
-    save_config(config, tmp_path / "config.json")
-    assert load_config(tmp_path / "config.json") == config
-
-
-def test_presets_leave_no_other_run_in_the_way():
-    folders = [config.out for _, config in PRESETS.values()]
-    assert len(set(folders)) == len(folders)
-
-
 @pytest.mark.parametrize("name, value", [(name, value) for name, values in IMPOSSIBLE.items() for value in values])
 def test_an_impossible_value_is_refused_by_name(name, value):
     with pytest.raises(ValueError, match=name.rpartition(".")[2]) as refusal:
@@ -139,6 +128,14 @@ def test_every_changed_value_survives_the_file(tmp_path):
     assert load_config(tmp_path / "config.json") == config
 
 
+def test_epochs_become_steps_when_the_records_are_known():
+    config = dataclasses.replace(SMALL, steps=0, epochs=2, rollout=RolloutConfig(prompts_per_step=4))
+    assert config.in_steps(8) == dataclasses.replace(config, steps=4, epochs=0)
+    assert config.in_steps(9).steps == 5, "every record as often as was asked"
+    assert config.in_steps(1).steps == 1
+    assert SMALL.in_steps(1000) == SMALL
+
+
 def test_resume_is_not_part_of_what_is_saved(tmp_path):
     values = as_json(dataclasses.replace(SMALL, resume=True), tmp_path / "config.json")
     assert "resume" not in values
@@ -163,7 +160,11 @@ def test_a_whole_number_will_do_for_a_float(tmp_path):
 FAULTS = {
     "unknown key": (lambda v: v.update(stepz=3), "stepz: unknown key; known are out, "),
     "unknown key of a section": (lambda v: v["loss"].update(gamma=1), "loss.gamma: unknown key; known are advantage"),
-    "missing key": (lambda v: v.pop("steps"), "steps: missing"),
+    "missing key": (lambda v: v.pop("out"), "out: missing"),
+    "neither steps nor epochs": (
+        lambda v: v.pop("steps"),
+        "steps, epochs: want one of them > 0 and the other 0; got (0",
+    ),
     "missing section": (lambda v: v.pop("model"), "model: missing"),
     "missing key of a section": (lambda v: v["data"].pop("path"), "data.path: missing"),
     "text for a number": (lambda v: v.update(steps="2"), "steps: want int; got '2'"),

@@ -8,6 +8,7 @@ import torch
 from stream_cases import IMAGE, made_group, made_prompt, policy_of, small_model
 
 from bench.unpacked import pad_rows, unpacked_logp
+from medground.activation_checkpointing import checkpoint_activations
 from medground.config import LoraConfig
 from medground.lora import merged, need_peft
 from medground.packing import pack
@@ -75,7 +76,7 @@ def test_the_stream_equals_padded_rows_of_peft(targets: str, how: str):
     want = unpacked_logp(theirs.base_model.model, pad_rows(GROUPS, IMAGE, DEVICE), 0.7)
     want_grads = gradients(theirs, want)
     if how != "plain":
-        policy.vlm.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(policy.vlm, "full")
     if "compiled" in how:
         torch.compiler.reset()
         policy.compile_layers(backend="eager")  # what it traces is in question, not what the compiler makes of it

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from eight_bit import has_torchao
 from rank_runs import SAVED, SAVING, SHARDED, Run
 from safetensors.torch import load_file
 from uneven_update import assert_same_gradient
@@ -68,3 +69,21 @@ def test_nor_does_how_groups_lie_on_ranks(folder: Path):
     assert two["moved"]
     assert_same_gradient(two["weights"], one["weights"])
     assert two["statistics"] == pytest.approx(one["statistics"], abs=2e-6)
+
+
+def test_a_rank_loads_its_own_rows_alone(folder: Path):
+    """In resident memory, the pages of open files included."""
+    whole = 2 * sum(file.stat().st_size for file in (folder / "large").glob("*.safetensors"))  # float32 of bfloat16
+    one, two = (load(folder, f"loading-{size}")["bytes"] for size in (1, 2))
+    assert one > 0.9 * whole, "the measure sees a model"
+    assert two < 0.7 * whole
+
+
+@pytest.mark.skipif(not has_torchao(), reason="no torchao: make .path/torchao-0.18.0")
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_moments_in_8_bits_do_not_depend_on_ranks(ranks: int, folder: Path):
+    one, more = load(folder, "eight-bit-1"), load(folder, f"eight-bit-{ranks}")
+    assert sum("codes" in name for name in more) == 2 * 3
+    for name, value in more.items():
+        assert torch.equal(one[name], value), name
+        assert torch.equal(one[name.replace("from 0", "from 2")], value), f"{name}, gone on from two ranks' checkpoint"
