@@ -7,6 +7,7 @@ import functools
 import gc
 import shutil
 import time
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ import torch
 from bench.random_model import TEMPLATE
 from bench.step_job import LR, NO_LIMIT, PHASES, SEED, Capture, Job, Seconds, reward
 from medground import train
-from medground.checkpoint import save_checkpoint
+from medground.checkpoint import Checkpoints
 from medground.config import (
     Config,
     DataConfig,
@@ -109,15 +110,21 @@ class OurSide:
         self.groups, self.metrics = groups, totals.means | clock.seconds(totals)
         return {"step": self.metrics["seconds"]} | {phase: self.metrics[f"seconds_{phase}"] for phase in PHASES}
 
-    def save(self, folder: Path) -> float | None:
-        """Seconds of a checkpoint; None where the disk has no room for it."""
+    def save(self, folder: Path) -> dict[str, float | None]:
+        """Seconds that a checkpoint holds the loop up, and until it is written; None where the disk has no room."""
         trained = [weight for weight in self.asker.policy.parameters() if weight.requires_grad]
         needed = _STATE_BYTES * sum(weight.numel() for weight in trained)
         if shutil.disk_usage(folder.parent).free < 1.2 * needed:
-            return None
-        start = time.perf_counter()
-        save_checkpoint(folder, self.steps, self.asker.policy, self.optimizer, self.ranks, keep=1)
-        return time.perf_counter() - start
+            return {"checkpoint_stall_seconds": None, "checkpoint_seconds": None}
+        stalls, wholes = [], []
+        with closing(Checkpoints(folder, self.ranks, keep=1)) as checkpoints:
+            for _ in range(2):  # the first one allocates its memory
+                start = time.perf_counter()
+                checkpoints.save(self.steps, self.asker.policy, self.optimizer, {})
+                stalls.append(time.perf_counter() - start)
+                checkpoints.wait()
+                wholes.append(time.perf_counter() - start)
+        return {"checkpoint_stall_seconds": stalls[-1], "checkpoint_seconds": wholes[-1]}
 
     def compare(self, theirs: Capture) -> float:
         """How far our gradient of their first step is from theirs: root mean square over theirs.

@@ -29,8 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit status: 0; 2 where the user made a mistake, which is then named on standard error; 130 when
-        interrupted.
+        The exit status: 0; 2 where the user made a mistake, 1 where a run cannot go on, which is then named on
+        standard error; 130 when interrupted.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
@@ -41,12 +41,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name not in _COMMANDS:
             raise ValueError(f"unknown command {name!r}; known are {', '.join(_COMMANDS)}")
         _COMMANDS[name](words[len(name.split()) :])
-    except ValueError as error:
-        rank = os.environ.get("RANK", "0")
-        known_to_all = type(error).__name__ == "SharedError"  # of medground.sharding, which imports torch
+    except (ValueError, RuntimeError) as error:
+        kind, rank = type(error), os.environ.get("RANK", "0")
+        ours = kind.__module__.startswith("medground")
+        if isinstance(error, RuntimeError) and not ours:
+            raise
+        known_to_all = kind.__name__ in _KNOWN_TO_ALL
         if rank == "0" or not known_to_all:
             print(f"medground: error{'' if rank == '0' else f' on rank {rank}'}: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
         print("medground: interrupted", file=sys.stderr)
         return 130
@@ -120,6 +123,9 @@ def _report(words: list[str]) -> None:
 def _options(kind: Any, program: str, words: list[str]) -> Any:
     return tyro.cli(kind, prog=program, args=words)
 
+
+_KNOWN_TO_ALL = ("SharedError", "CheckpointError", "DivergedError")
+"""Errors that every rank has; by name, since their modules import torch."""
 
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo": _demo,

@@ -12,11 +12,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
@@ -26,11 +26,15 @@ from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from medground.checkpoint import export_policy, load_checkpoint, save_checkpoint
+from medground.checkpoint import Checkpoints
 from medground.config import Config, differing_fields
 from medground.costs import network_of, peak_of, sizes_of, step_operations
 from medground.datasets.manifest import load_records, records_hash, select
 from medground.evaluate import Asker, read_answer
+from medground.export import export_policy
+from medground.job.interruption import InterruptedRun, Interruption
+from medground.job.memory import memory_explained
+from medground.job.watch import watch
 from medground.lora import need_peft
 from medground.micro_batches import Load, deal
 from medground.packing import Packed, pack
@@ -41,10 +45,10 @@ from medground.report.page import write_report
 from medground.rewards.total import score_answers
 from medground.rollout.cache import Sampling
 from medground.rollout.engine import Engine, Limits, plan_cache
-from medground.run_folder import RunFolder, check_folder, environment
+from medground.run_folder import RunFolder, check_folder, environment, restarted
 from medground.sharding import Ranks, SharedError, WholeCopy, compute_dtype, join_ranks, shard
 from medground.step_metrics import Clock, Totals, sample_rows, step_totals, update_statistics
-from medground.summary import Splits, evaluate_curve, evaluate_test, summarise
+from medground.summary import Splits, evaluate_if_due, summarise
 from medground_kernels.group_advantage import group_advantage
 from medground_kernels.token_logprob import TokenLogprob
 from medground_kernels.varlen_attention import backend_name
@@ -54,44 +58,50 @@ Score = Callable[[Packed, float], TokenLogprob]
 
 
 def train(config: Config) -> None:
-    """Train, evaluate and export as `config` says.
+    """Train, evaluate and export as `config` says; SIGTERM and SIGUSR1 end it early, its state saved.
 
     Raises:
         ValueError: the configuration, the data, the model or the folder is not usable; raised on
             every rank, before the first step.
+        DivergedError, CheckpointError, OutOfMemory: the run cannot go on; checkpoints are as they were.
     """
-    started = time.perf_counter()
-    with join_ranks() as ranks:
+    started, timeout = time.perf_counter(), 60 * config.timeout_minutes
+    with (
+        join_ranks(2 * timeout) as ranks,
+        watch(ranks.progress, ranks.store, ranks.rank, ranks.size, timeout),
+        memory_explained(ranks.progress),
+        Interruption() as interruption,
+    ):
+        config = replace(config, resume=config.resume or ranks.any(restarted(config)))
         splits, data_hash, model_folder, processor, limits = _check(config, ranks)
-        policy = shard(_load(model_folder, config, ranks), ranks, config.model.precision)
-        reference = _reference(policy, model_folder, config, ranks)
-        optimizer = _optimizer(policy, config)
-        whole = WholeCopy(policy, ranks, config.model.precision)
-        if config.model.compile:
-            whole.policy.compile_layers()
-        engine = Engine(whole.policy, processor.tokenizer, limits)
-        asker = Asker(policy, whole, engine, processor, config, ranks)
-        if ranks.is_first:
-            half = whole.policy.vlm.dtype != torch.float32
-            print(f"attention: {backend_name(ranks.device if half else 'cpu')}")
+        held = ranks.together(lambda: RunFolder(config) if ranks.is_first else None)
+        checkpoints = Checkpoints(Path(config.out) / "checkpoints", ranks, config.checkpoint.keep)
+        with closing(held) if held else nullcontext() as run, closing(checkpoints):
+            ranks.progress.now("load")
+            policy = shard(_load(model_folder, config, ranks), ranks, config.model.precision)
+            reference = _reference(policy, model_folder, config, ranks)
+            optimizer = _optimizer(policy, config)
+            whole = WholeCopy(policy, ranks, config.model.precision)
+            if config.model.compile:
+                whole.policy.compile_layers()
+            engine = Engine(whole.policy, processor.tokenizer, limits)
+            asker = Asker(policy, whole, engine, processor, config, ranks, interruption)
+            if ranks.is_first:
+                half = whole.policy.vlm.dtype != torch.float32
+                print(f"attention: {backend_name(ranks.device if half else 'cpu')}")
 
-        done = load_checkpoint(Path(config.out) / "checkpoints", policy, optimizer) if config.resume else 0
-        facts = environment(ranks.size, config.seed, data_hash, config.model.path)
-        run = RunFolder(config, facts) if ranks.is_first else None
-        if run:
-            run.start(done)
-        if not done:
-            evaluate_test(asker, splits, run, step=0)
-        _steps(asker, reference, optimizer, splits, run, done)
-        # a run may have been stopped after its last checkpoint, within its last evaluation
-        last_written = Path(config.out) / "eval" / f"step-{config.steps:06d}.curve.json"
-        if done < config.steps or not ranks.gather(last_written.exists())[0]:
-            evaluate_test(asker, splits, run, step=config.steps)
-        export_policy(Path(config.out) / "export", policy, model_folder, ranks, config.model.path)
-        if run:
-            with closing(run):
-                run.write_json("summary.json", summarise(config, splits, run, facts, time.perf_counter() - started))
-            write_report(run.path, Path(config.data.path), run.path / "report.html")
+            done, facts = checkpoints.load(policy, optimizer) if config.resume else (0, {})
+            described = environment(ranks.size, config.seed, data_hash, config.model.path)
+            if run:
+                run.start(config, described, done)
+            if not _steps(asker, reference, optimizer, splits, run, checkpoints, done, facts):
+                return
+            ranks.progress.now("export")
+            export_policy(Path(config.out) / "export", policy, model_folder, ranks, config.model.path)
+            if run:
+                seconds = time.perf_counter() - started
+                run.write_json("summary.json", summarise(config, splits, run, described, seconds))
+                write_report(run.path, Path(config.data.path), run.path / "report.html")
 
 
 def _steps(
@@ -100,57 +110,99 @@ def _steps(
     optimizer: torch.optim.Optimizer,
     splits: Splits,
     run: RunFolder | None,
+    checkpoints: Checkpoints,
     done: int,
-) -> None:
-    """Every step from `done` on."""
+    facts: dict[str, Any],
+) -> bool:
+    """Every step from `done` on, and the evaluations between them; False where a signal ended it."""
     config, ranks, policy = asker.config, asker.ranks, asker.policy
     batches = _batches(asker, splits.train, done)
-    bar = tqdm(range(done, config.steps), initial=done, total=config.steps, desc="GRPO", disable=not ranks.is_first)
+    bar = tqdm(range(done, config.steps + 1), initial=done, total=config.steps, desc="GRPO", disable=not ranks.is_first)
     network, peak = network_of(policy), peak_of(ranks, compute_dtype(ranks, config.model.precision))
-    saving = 0.0
-    for step in bar:
-        clock = Clock(saving, peak)
-        prompts = next(batches)
-        clock.lap("data")
+    saving, saved, skipped = 0.0, done, facts.get("skipped", 0)
+    try:
+        for step in bar:  # the weights are those after `step` steps
+            asker.interruption.agree(ranks)
+            if ranks.any(checkpoints.failed):
+                checkpoints.wait()
+            evaluate_if_due(asker, splits, run, step)
+            if step == config.steps:
+                break
+            clock = Clock(saving, peak)
+            ranks.progress.now("data", f"step {step + 1}")
+            prompts = next(batches)
+            clock.lap("data")
 
-        groups = _roll_out(asker, prompts, step)
-        clock.lap("prefill", asker.engine.stats.prefill_seconds)
-        clock.lap("decode")
+            groups = _roll_out(asker, prompts, step)
+            clock.lap("prefill", asker.engine.stats.prefill_seconds)
+            clock.lap("decode")
 
-        answers = [[read_answer(r.text, g.prompt) for r in g.rollouts] for g in groups]
-        rewards = score_answers(answers, [g.prompt.example.boxes for g in groups], config.reward)
-        advantages = group_advantage(rewards.total, normalize=config.loss.advantage)  # [B, G]
-        clock.lap("reward")
+            answers = [[read_answer(r.text, g.prompt) for r in g.rollouts] for g in groups]
+            rewards = score_answers(answers, [g.prompt.example.boxes for g in groups], config.reward)
+            advantages = group_advantage(rewards.total, normalize=config.loss.advantage)  # [B, G]
+            clock.lap("reward")
 
-        work = step_operations(network, sizes_of(groups), scorings=_scorings(config), epochs=config.loss.inner_epochs)
-        totals = step_totals(groups, rewards, asker.engine.stats, work, ranks)
-        micro = _micro_batches(policy, groups, advantages, config, ranks)
-        _score(policy, reference, micro, config)
-        clock.lap("score")
+            work = step_operations(
+                network, sizes_of(groups), scorings=_scorings(config), epochs=config.loss.inner_epochs
+            )
+            totals = step_totals(groups, rewards, asker.engine.stats, work, ranks)
+            micro = _micro_batches(policy, groups, advantages, config, ranks)
+            largest = max(micro, key=lambda batch: len(batch.packed.input_ids))
+            ranks.progress.now("score", f"step {step + 1}: {largest.shapes}")
+            _score(policy, reference, micro, config)
+            clock.lap("score")
 
-        updated = _update(policy, optimizer, micro, totals, config, ranks, step, clock)
-        clock.lap("update")
+            updated = _update(policy, optimizer, micro, totals, config, ranks, step, clock)
+            clock.lap("update")
 
-        metrics = {"step": step + 1} | totals.means | updated | clock.seconds(totals)
-        if run:
-            run.log(metrics)
-            bar.set_postfix_str(f"reward {metrics['reward']:.3f}, IoU {metrics['iou']:.3f}")
-        if (step + 1) % config.samples_every == 0 or step in (0, config.steps - 1):
-            shares = ranks.gather(sample_rows(groups, answers, rewards, advantages))
+            metrics = {"step": step + 1} | totals.means | updated | clock.seconds(totals)
             if run:
-                run.write_rows(f"samples/step-{step + 1:06d}.jsonl", (row for share in shares for row in share))
-        if config.evaluation.every and (step + 1) % config.evaluation.every == 0 and step + 1 < config.steps:
-            evaluate_curve(asker, splits, run, step + 1)
-        start = time.perf_counter()
-        if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.steps:
-            folder = Path(config.out) / "checkpoints"
-            save_checkpoint(folder, step + 1, policy, optimizer, ranks, config.checkpoint.keep)
-        saving = time.perf_counter() - start
+                run.log(metrics)
+                bar.set_postfix_str(f"reward {metrics['reward']:.3f}, IoU {metrics['iou']:.3f}")
+            skipped = skipped + 1 if updated["skipped_updates"] else 0
+            kept = ["skipped"] if skipped else []
+            if (step + 1) % config.samples_every == 0 or step in (0, config.steps - 1):
+                kept.append("samples")
+            if kept:
+                shares = ranks.gather(sample_rows(groups, answers, rewards, advantages))
+                rows = [row for share in shares for row in share]
+                for part in kept:
+                    if run:
+                        run.write_rows(f"{part}/step-{step + 1:06d}.jsonl", rows)
+            if skipped > config.optimizer.max_skipped:
+                raise DivergedError(
+                    f"optimizer.max_skipped: gradients were not finite in {skipped} steps in a row, up to step "
+                    f"{step + 1}; {config.out}/skipped has their completions"
+                )
+            start = time.perf_counter()
+            if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.steps:
+                checkpoints.save(step + 1, policy, optimizer, {"skipped": skipped})
+                saved = step + 1
+            saving = time.perf_counter() - start
+        checkpoints.wait()
+    except InterruptedRun as signal:
+        ranks.progress.now("checkpoint", f"step {step}")
+        if step > saved:
+            checkpoints.save(step, policy, optimizer, {"skipped": skipped})
+        checkpoints.wait()
+        if ranks.is_first:
+            print(f"medground: {signal}: ended after {step} of {config.steps} steps; --resume goes on", file=sys.stderr)
+        return False
+    return True
+
+
+class DivergedError(RuntimeError):
+    """Gradients are not finite, again and again; raised on every rank."""
 
 
 def _roll_out(asker: Asker, prompts: Sequence[Prompt], step: int) -> list[Group]:
-    """The completions of this rank's prompts, in their order."""
+    """The completions of this rank's prompts, in their order.
+
+    Raises:
+        InterruptedRun: a signal asked some rank to end.
+    """
     r, first = asker.config.rollout, asker.ranks.is_first
+    asker.ranks.progress.now("rollout", f"step {step + 1}: {len(prompts)} prompts, {r.group_size} completions of each")
     asker.whole.refresh()
     with tqdm(total=len(prompts) * r.group_size, desc="rollout", disable=not first, leave=False) as bar:
         found = asker.engine.roll_out(
@@ -161,8 +213,11 @@ def _roll_out(asker: Asker, prompts: Sequence[Prompt], step: int) -> list[Group]
             seed=asker.config.seed,
             step=step,
             bar=bar,
+            stop=asker.stop,
         )
-        return [group for _, group in sorted(found, key=lambda pair: pair[0])]
+        groups = [group for _, group in sorted(found, key=lambda pair: pair[0])]
+    asker.interruption.agree(asker.ranks)
+    return groups
 
 
 def _batches(asker: Asker, examples: Sequence[Example], first: int) -> Iterator[list[Prompt]]:
@@ -199,6 +254,13 @@ class MicroBatch:
     counts: bool
     old_logp: Tensor | None = None
     ref_logp: Tensor | None = None
+
+    @property
+    def shapes(self) -> str:
+        """What it takes, in words."""
+        tokens, images = len(self.packed.input_ids), len(self.packed.image_grids)
+        S, N = len(self.advantages), len(self.packed.targets)
+        return f"a micro-batch of {tokens} tokens, {images} images, {S} completions of {N} tokens in all"
 
 
 def _micro_batches(
@@ -266,7 +328,7 @@ def _update(
     step: int,
     clock: Clock,
 ) -> dict[str, float]:
-    """`inner_epochs` optimizer steps on this rank's micro-batches."""
+    """`inner_epochs` optimizer steps on this rank's micro-batches; one whose gradient is not finite is left out."""
     options = config.loss.options(
         temperature=config.rollout.temperature, max_completion_length=config.rollout.max_new_tokens
     )
@@ -274,9 +336,10 @@ def _update(
     for group in optimizer.param_groups:
         group["lr"] = lr
 
-    stats, losses, norms, gaps = [], [], [], []
+    stats, losses, norms, gaps, skipped = [], [], [], [], 0
     for epoch in range(config.loss.inner_epochs):
         for i, batch in enumerate(micro):
+            ranks.progress.now("update", f"step {step + 1}: {batch.shapes}")
             cast(FSDPModule, policy).set_requires_gradient_sync(i + 1 == len(micro))
             # dapo and cispo are normalised by all tokens already, the others by the sequences of this micro-batch
             share = 1.0 if options.loss_type in ("dapo", "cispo") else len(batch.advantages) / totals.sequences
@@ -297,13 +360,17 @@ def _update(
                 if not epoch:
                     gaps.append(logp - batch.sampled_logp)
         clock.lap("update")
-        limit = config.optimizer.max_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), limit, error_if_nonfinite=True)
+        ranks.progress.now("optimizer", f"step {step + 1}")
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.optimizer.max_grad_norm)
         norms.append(norm.full_tensor())  # type: ignore[attr-defined]  # a DTensor under FSDP2
-        optimizer.step()
+        if norms[-1].isfinite():  # on every rank alike
+            optimizer.step()
+        else:
+            skipped += 1
         optimizer.zero_grad()
         clock.lap("optimizer")
-    return update_statistics(stats, losses, norms, gaps, config.loss.inner_epochs, ranks) | {"lr": lr}
+    statistics = update_statistics(stats, losses, norms, gaps, config.loss.inner_epochs, ranks)
+    return statistics | {"lr": lr, "skipped_updates": skipped}
 
 
 def _learning_rate(config: Config, step: int) -> float:

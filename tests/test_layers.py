@@ -28,7 +28,10 @@ EXCEPTIONS = {
     ("report", "medground.datasets.images"): "the page shows films as the model's loader reads them",
     ("policy", "medground.lora"): "a policy may have adapters; lora is a leaf: torch, peft and names of weights",
     ("sharding", "medground.lora"): "what decodes has adapters merged",
-    ("checkpoint", "medground.lora"): "adapters are exported",
+    ("sharding", "medground.job.store"): "where ranks meet; a leaf",
+    ("sharding", "medground.job.watch"): "ranks say what they do; a leaf",
+    ("checkpoint", "medground.checkpoint_folder"): "its files, without torch; a leaf",
+    ("export", "medground.lora"): "adapters are exported",
     ("scoring", "medground.set_iou"): "metrics are means of it; it is a leaf: numpy and the type of a box",
     ("varlen_attention", "flash_attn"): "the fastest attention; imported on CUDA, where it is installed",
 }
