@@ -25,7 +25,10 @@ def test_a_run_that_moves():
 
 def test_a_rank_without_a_sign_is_named():
     signs = {0: (sign(still=60), 0.0), 1: (sign(host="b", doing="rollout of step 4"), 11.0), 2: (sign(still=50), 1.0)}
-    assert verdict(signs, 3, 10.0) == "no sign of life for 10 s from rank 1 on b (rollout of step 4)"
+    assert verdict(signs, 3, 10.0) == "no sign of life for 11 s from rank 1 on b (rollout of step 4)"
+    cut_off = {0: (sign(still=11), 0.1), 1: (sign(host="b", still=2), 9.0)}
+    assert verdict(cut_off, 2, 10.0) == "no sign of life for 9 s from rank 1 on b (update of step 3)"
+    assert verdict({0: (sign(still=9), 0.1), 1: (sign(host="b", still=2), 9.0)}, 2, 10.0) is None
 
 
 def test_the_one_behind_is_named_and_where_it_is():

@@ -95,12 +95,14 @@ def verdict(signs: Mapping[int, tuple[Sign, float]], size: int, timeout: float) 
         timeout: seconds.
     """
     here = {rank: pair for rank, pair in sorted(signs.items()) if pair[0].order != _ENDED}
-    silent = [rank for rank, (_, age) in here.items() if age > timeout]
+    still = [sign.still + age for sign, age in here.values()]
+    hangs = len(signs) == size and bool(still) and min(still) > timeout
+    # where nothing moves, what came last from a rank that is cut off may be younger than its last move
+    silent = {rank: age for rank, (_, age) in here.items() if age > (timeout / 2 if hangs else timeout)}
     if silent:
         told = "; ".join(_told(rank, signs[rank][0]) for rank in silent)
-        return f"no sign of life for {timeout:.0f} s from {told}"
-    still = [sign.still + age for sign, age in here.values()]
-    if len(signs) < size or not still or min(still) <= timeout:
+        return f"no sign of life for {min(silent.values()):.0f} s from {told}"
+    if not hangs:
         return None
     last = min(sign.order for sign, _ in here.values())
     behind = [rank for rank, (sign, _) in here.items() if sign.order == last]
