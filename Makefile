@@ -69,7 +69,7 @@ $(LINK):
 
 # a process for each core, of one thread each: threads of several processes would wait for one another
 test: setup
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses=8 --dist=loadfile --cov --durations=10 $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder --cov --durations=10 $(ARGS)
 
 chaos: setup
 	$(PY) tests/chaos.py $(ARGS)

@@ -10,6 +10,8 @@ from bench.unpacked import pad_rows, unpacked_logp
 from medground.packing import pack, pack_prompts
 from medground.records import Group
 
+pytestmark = pytest.mark.slow
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 VLM = small_model().to(DEVICE)
 POLICY = policy_of(VLM).to(DEVICE)

@@ -18,6 +18,8 @@ from two_hosts import two_hosts, why_not
 
 from medground.train import train
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def options(phantoms: Path, base_folder: Path) -> list[str]:

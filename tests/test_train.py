@@ -19,6 +19,8 @@ from medground.records import Example
 from medground.sharding import join_ranks
 from medground.train import _learning_rate, _order, _reference, train
 
+pytestmark = pytest.mark.slow
+
 REPEATABLE = ("reward", "iou", "loss", "grad_norm", "kl", "entropy", "ratio_mean", "completion_tokens")
 
 
