@@ -15,6 +15,7 @@ import torch
 from bench.random_model import TEMPLATE
 from bench.step_job import LR, NO_LIMIT, PHASES, SEED, Capture, Job, Seconds, reward
 from medground import train
+from medground.build import build_optimizer, build_policy
 from medground.checkpoint import Checkpoints
 from medground.config import (
     Config,
@@ -31,7 +32,7 @@ from medground.prompts import load_processor
 from medground.records import Group, Prompt, Rollout
 from medground.rewards.total import Rewards
 from medground.rollout.engine import Engine
-from medground.sharding import Ranks, WholeCopy, compute_dtype, shard
+from medground.sharding import Ranks, WholeCopy, compute_dtype
 from medground.step_metrics import Clock, step_totals
 from medground_kernels.group_advantage import group_advantage
 
@@ -45,7 +46,9 @@ def make_our_config(job: Job) -> Config:
         out="unused",
         steps=1000,
         seed=SEED,
-        model=ModelConfig(path=str(job.model), gradient_checkpointing=work.checkpointing, lora=job.lora),
+        model=ModelConfig(
+            path=str(job.model), activation_checkpointing="full" if work.checkpointing else "none", lora=job.lora
+        ),
         data=DataConfig(path=str(job.data), min_pixels=job.pixels, max_pixels=job.pixels),
         prompt=PromptConfig(template=TEMPLATE),
         rollout=RolloutConfig(prompts_per_step=len(job.examples), group_size=G, max_new_tokens=C),
@@ -67,8 +70,8 @@ class OurSide:
         config, dtype = self.config, compute_dtype(ranks, self.config.model.precision)
         processor = load_processor(job.model, config.data.min_pixels, config.data.max_pixels)
         limits = train._limits(config, job.examples, processor, job.model, dtype)
-        policy = shard(train._load(job.model, config, ranks), ranks, config.model.precision)
-        self.optimizer = train._optimizer(policy, config)
+        policy = build_policy(job.model, config, ranks)
+        self.optimizer = build_optimizer(policy, config)
         whole = WholeCopy(policy, ranks, config.model.precision)
         engine = Engine(whole.policy, processor.tokenizer, limits)
         self.asker = Asker(policy, whole, engine, processor, config, ranks)

@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from medground.adamw import state_of
 from medground.checkpoint_folder import aside_of, checkpoints, complaints, describe, publish, set_aside, tidy
 from medground.config import LoraConfig
 
@@ -162,7 +163,8 @@ class Checkpoints:
             return copied
         if self._mesh is None:
             mesh = value.device_mesh
-            self._mesh = DeviceMesh("cpu", mesh.mesh, mesh_dim_names=mesh.mesh_dim_names)
+            on_cpu = mesh.device_type == "cpu"
+            self._mesh = mesh if on_cpu else DeviceMesh("cpu", mesh.mesh, mesh_dim_names=mesh.mesh_dim_names)
         return DTensor.from_local(
             copied, self._mesh, value.placements, run_check=False, shape=value.shape, stride=value.stride()
         )
@@ -228,12 +230,7 @@ def _state(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Tensor
     for name, parameter in policy.named_parameters():
         if parameter.requires_grad:
             state[f"policy.{name}"] = weights[name]
-            moments = optimizer.state[parameter]
-            if not moments:  # before the first step
-                zeros = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                step = torch.zeros((), device=parameter.device)
-                moments.update(step=step, exp_avg=zeros, exp_avg_sq=zeros.clone())
-            state |= {f"optimizer.{name}.{key}": value for key, value in moments.items()}
+            state |= {f"optimizer.{name}.{key}": value for key, value in state_of(optimizer, parameter).items()}
     return state
 
 
@@ -252,7 +249,7 @@ class _LayoutReader(dcp.FileSystemReader):
 
 class _LayoutUnpickler(pickle.Unpickler):
     _KNOWN = frozenset(
-        {("torch", name) for name in ("Size", "device", "float32", "bfloat16", "int64")}
+        {("torch", name) for name in ("Size", "device", "float32", "bfloat16", "int64", "uint8")}
         | {
             ("torch.distributed.checkpoint.metadata", name)
             for name in (

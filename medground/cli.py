@@ -8,7 +8,8 @@ from typing import Any
 
 import tyro
 
-from medground.config import PRESETS, Config, load_config
+from medground.config import Config, load_config
+from medground.presets import PRESETS, listing
 
 _HELP = """usage: medground COMMAND [OPTIONS]
 
@@ -79,11 +80,10 @@ def train_config(words: list[str]) -> Config:
             Config, prog="medground train --config FILE", args=words[2:], default=load_config(Path(words[1]))
         )
     if not words or words[0] in ("-h", "--help"):
-        presets = "\n".join(f"  {name:20} {text}" for name, (text, _) in PRESETS.items())
-        print(f"usage: medground train PRESET [OPTIONS]\n\npresets (PRESET --help lists the options):\n{presets}")
+        print(f"usage: medground train PRESET [OPTIONS]\n\npresets (PRESET --help lists the options):\n{listing()}")
         raise SystemExit(0 if words else 2)
     if words[0] not in PRESETS:
-        raise ValueError(f"unknown preset {words[0]!r}; known are {', '.join(PRESETS)}")
+        raise ValueError(f"unknown preset {words[0]!r}; known are:\n{listing()}")
     text, default = PRESETS[words[0]]
     return tyro.cli(Config, prog=f"medground train {words[0]}", description=text, args=words[1:], default=default)
 

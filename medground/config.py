@@ -1,7 +1,7 @@
-"""The configuration of a run: frozen dataclasses, presets, validation.
+"""The configuration of a run: frozen dataclasses, validation, the file that a run keeps of its own.
 
 Nothing here is derived: a value stands once. This module imports neither torch nor transformers,
-so that `--help` answers at once.
+so that `--help` answers at once. Presets are in presets.py.
 """
 
 import dataclasses
@@ -50,14 +50,31 @@ class ModelConfig:
     """Compute precision; trained weights and gradients stay float32. auto: bfloat16 on a GPU, float32 on a CPU."""
     freeze_vision: bool = False
     """Leave the vision tower as it is; with adapters it always is."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more work."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again instead of keeping it: nothing; all but the results of matrix products and
+    attention; or each layer whole, from its input."""
     compile: bool = False
     """Compile each decoder layer and vision block with torch.compile, once for all lengths."""
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
         _want(bool(self.path), "model.path", "a model folder or a name on the hub", self.path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardingConfig:
+    """How weights, gradients and moments are shared out among ranks (FSDP2)."""
+
+    replicas: int = 0
+    """Copies of the sharded state, each on ranks of its own (HSDP); 0 for one a node, 1 to shard over all ranks."""
+    reduce: Literal["last", "each"] = "last"
+    """When gradients are summed over ranks: after the last micro-batch of an update, until which each rank keeps them
+    whole in float32, or after each, which keeps shards alone."""
+    cpu_offload: bool = False
+    """Keep shards, gradients and moments in CPU memory, where AdamW then runs; the GPU has what it computes with."""
+
+    def __post_init__(self) -> None:
+        _want(self.replicas >= 0, "sharding.replicas", ">= 0", self.replicas)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +224,8 @@ class LossConfig:
 class OptimizerConfig:
     """AdamW with a linear warm-up and a linear decay."""
 
+    kind: Literal["adamw", "adamw-8bit"] = "adamw"
+    """Moments in float32, or in 8 bits with a scale for each block of a row; the second wants torchao."""
     lr: float = 1e-6
     """Learning rate after the warm-up."""
     final_lr_fraction: float = 0.0
@@ -272,8 +291,10 @@ class Config:
     """Folder of the run; must not hold another run."""
     resume: bool = False
     """Continue the run in `out` from its newest checkpoint, exactly; restarts by torchrun or SLURM do by themselves."""
-    steps: int
-    """Batches of prompts to train on."""
+    steps: int = 0
+    """Batches of prompts to train on; 0 where epochs are given."""
+    epochs: int = 0
+    """Times that every training record is asked about; in place of steps."""
     seed: int = 0
     """Seed of the data order, of every sampled token and of new adapters."""
     samples_every: int = 10
@@ -282,6 +303,7 @@ class Config:
     """Longest time in which no rank moves on; then the run ends and says who hangs, and in what."""
     model: ModelConfig
     data: DataConfig
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -291,58 +313,17 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
-        _want(self.steps >= 1, "steps", ">= 1", self.steps)
+        one = min(self.steps, self.epochs) == 0 < max(self.steps, self.epochs)
+        _want(one, "steps, epochs", "one of them > 0 and the other 0", (self.steps, self.epochs))
         _want(0 <= self.seed < 2**31, "seed", "0 <= seed < 2**31", self.seed)
         _want(self.samples_every >= 1, "samples_every", ">= 1", self.samples_every)
         _want(bool(self.out), "out", "a folder name", self.out)
         _want(0 < self.timeout_minutes < math.inf, "timeout_minutes", "a number > 0", self.timeout_minutes)
 
-
-_DEMO = Config(
-    out="runs/demo/grpo",
-    steps=200,
-    model=ModelConfig(path="runs/demo/base"),
-    data=DataConfig(path="runs/demo/data"),
-    prompt=PromptConfig(template="brief"),
-    rollout=RolloutConfig(prompts_per_step=32, group_size=8, max_new_tokens=64),
-    reward=RewardConfig(format_weight=0.2, spatial_weight=1.0),
-    loss=LossConfig(loss_type="dr_grpo", beta=0.0, micro_batch_tokens=4096),
-    optimizer=OptimizerConfig(lr=7e-4, final_lr_fraction=0.3, beta2=0.98),
-    evaluation=EvaluationConfig(every=25, curve_records=128),
-)
-
-
-def _qwen(size: str) -> Config:
-    return Config(
-        out=f"runs/qwen2.5-vl-{size}",
-        steps=1000,
-        model=ModelConfig(path=f"Qwen/Qwen2.5-VL-{size.upper()}-Instruct", gradient_checkpointing=True),
-        data=DataConfig(path="data/ms-cxr", max_pixels=644 * 644),
-    )
-
-
-def _qwen_lora(size: str) -> Config:
-    """Of one 80 GB GPU. Rank and learning rate are our choice and not tuned.
-
-    Of 7B take, by counting: frozen weights and those that decode, 2 bytes each, 2 x 16.6 GB; adapters, their gradients
-    and moments 2.6 GB (3B: 2 x 7.5 and 1.9); keys and values 8 GB; logits 1.3 GB; what remains is for activations.
-    """
-    full = _qwen(size)
-    return dataclasses.replace(
-        full,
-        out=f"{full.out}-lora",
-        model=dataclasses.replace(full.model, lora=LoraConfig(rank=64)),
-        optimizer=OptimizerConfig(lr=1e-5),  # ten times that of all weights, a rule of thumb
-    )
-
-
-PRESETS = {
-    "demo": ("Phantom films and the small base model; two CPU cores, about four minutes.", _DEMO),
-    "qwen2.5-vl-3b": ("Qwen2.5-VL-3B on a data folder of yours; one node of 80 GB GPUs.", _qwen("3b")),
-    "qwen2.5-vl-7b": ("Qwen2.5-VL-7B on a data folder of yours; one node of 80 GB GPUs.", _qwen("7b")),
-    "qwen2.5-vl-3b-lora": ("Qwen2.5-VL-3B with adapters (LoRA); one 80 GB GPU.", _qwen_lora("3b")),
-    "qwen2.5-vl-7b-lora": ("Qwen2.5-VL-7B with adapters (LoRA); one 80 GB GPU.", _qwen_lora("7b")),
-}
+    def in_steps(self, records: int) -> "Config":
+        """The same with steps in place of epochs, for so many training records; the last step may go past the end."""
+        steps = self.steps or -(-self.epochs * records // self.rollout.prompts_per_step)
+        return dataclasses.replace(self, steps=steps, epochs=0)
 
 
 def save_config(config: Config, path: Path) -> None:

@@ -10,22 +10,22 @@ micro-batch.
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 from transformers import AutoConfig
 
+from medground.adamw import need_torchao, set_learning_rate
+from medground.build import Score, build_optimizer, build_policy, build_reference
 from medground.checkpoint import Checkpoints
 from medground.config import Config, differing_fields
 from medground.costs import network_of, peak_of, sizes_of, step_operations
@@ -38,7 +38,7 @@ from medground.job.watch import watch
 from medground.lora import need_peft
 from medground.micro_batches import Load, deal
 from medground.packing import Packed, pack
-from medground.policy import Policy, check_model, load_policy
+from medground.policy import Policy, check_model
 from medground.prompts import Processor, load_processor, prompt_tokens
 from medground.records import Example, Group, Prompt
 from medground.report.page import write_report
@@ -46,15 +46,11 @@ from medground.rewards.total import score_answers
 from medground.rollout.cache import Sampling
 from medground.rollout.engine import Engine, Limits, plan_cache
 from medground.run_folder import RunFolder, check_folder, environment, restarted
-from medground.sharding import Ranks, SharedError, WholeCopy, compute_dtype, join_ranks, shard
+from medground.sharding import Ranks, SharedError, WholeCopy, compute_dtype, join_ranks, reduce_gradients
 from medground.step_metrics import Clock, Totals, sample_rows, step_totals, update_statistics
 from medground.summary import Splits, evaluate_if_due, summarise
 from medground_kernels.group_advantage import group_advantage
-from medground_kernels.token_logprob import TokenLogprob
 from medground_kernels.varlen_attention import backend_name
-
-Score = Callable[[Packed, float], TokenLogprob]
-"""`Policy.forward`, or what stands in for it."""
 
 
 def train(config: Config) -> None:
@@ -74,13 +70,15 @@ def train(config: Config) -> None:
     ):
         config = replace(config, resume=config.resume or ranks.any(restarted(config)))
         splits, data_hash, model_folder, processor, limits = _check(config, ranks)
+        asked, config = config, config.in_steps(len(splits.train))
+        ranks = ranks.arranged(config.sharding.replicas)
         held = ranks.together(lambda: RunFolder(config) if ranks.is_first else None)
         checkpoints = Checkpoints(Path(config.out) / "checkpoints", ranks, config.checkpoint.keep)
         with closing(held) if held else nullcontext() as run, closing(checkpoints):
             ranks.progress.now("load")
-            policy = shard(_load(model_folder, config, ranks), ranks, config.model.precision)
-            reference = _reference(policy, model_folder, config, ranks)
-            optimizer = _optimizer(policy, config)
+            policy = build_policy(model_folder, config, ranks)
+            reference = build_reference(policy, model_folder, config, ranks)
+            optimizer = build_optimizer(policy, config)
             whole = WholeCopy(policy, ranks, config.model.precision)
             if config.model.compile:
                 whole.policy.compile_layers()
@@ -93,7 +91,7 @@ def train(config: Config) -> None:
             done, facts = checkpoints.load(policy, optimizer) if config.resume else (0, {})
             described = environment(ranks.size, config.seed, data_hash, config.model.path)
             if run:
-                run.start(config, described, done)
+                run.start(asked, described, done)
             if not _steps(asker, reference, optimizer, splits, run, checkpoints, done, facts):
                 return
             ranks.progress.now("export")
@@ -333,14 +331,13 @@ def _update(
         temperature=config.rollout.temperature, max_completion_length=config.rollout.max_new_tokens
     )
     lr = _learning_rate(config, step)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    set_learning_rate(optimizer, lr)
 
     stats, losses, norms, gaps, skipped = [], [], [], [], 0
     for epoch in range(config.loss.inner_epochs):
         for i, batch in enumerate(micro):
             ranks.progress.now("update", f"step {step + 1}: {batch.shapes}")
-            cast(FSDPModule, policy).set_requires_gradient_sync(i + 1 == len(micro))
+            reduce_gradients(policy, last=i + 1 == len(micro), each=config.sharding.reduce == "each")
             # dapo and cispo are normalised by all tokens already, the others by the sequences of this micro-batch
             share = 1.0 if options.loss_type in ("dapo", "cispo") else len(batch.advantages) / totals.sequences
             bonus = options.entropy_coef * len(batch.packed.targets) / totals.tokens / share  # a mean over this batch
@@ -409,6 +406,7 @@ def _check(config: Config, ranks: Ranks) -> tuple[Splits, str, Path, Processor, 
         raise SharedError(f"rollout.prompts_per_step: want a multiple of the {ranks.size} ranks; got {B}")
 
     def check() -> tuple[Splits, str, Path, Processor, Limits]:
+        ranks.replicas(config.sharding.replicas)
         records = load_records(config.data.path)
         data_hash = records_hash(config.data.path)
         check_folder(config, data_hash)
@@ -416,6 +414,8 @@ def _check(config: Config, ranks: Ranks) -> tuple[Splits, str, Path, Processor, 
         check_model(model_folder)
         if config.model.lora.rank:
             need_peft()
+        if config.optimizer.kind == "adamw-8bit":
+            need_torchao()
         processor = load_processor(model_folder, config.data.min_pixels, config.data.max_pixels)
         names = (config.data.train_split, config.data.curve_split, config.data.test_split)
         train, curve, test = (select(records, name, config.data.path) for name in names)
@@ -470,35 +470,6 @@ def _model_folder(path: str) -> Path:
         return Path(snapshot_download(path, allow_patterns=["*.json", "*.txt", "*.jinja", "*.safetensors"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise ValueError(f"model.path: want a model folder or a name on the hub; got {path!r}: {error}") from None
-
-
-def _load(model_folder: Path, config: Config, ranks: Ranks) -> Policy:
-    if config.model.lora.rank:
-        policy = load_policy(model_folder, compute_dtype(ranks, config.model.precision))
-        policy.add_adapters(config.model.lora, config.seed)
-    else:
-        policy = load_policy(model_folder)
-        policy.vlm.model.visual.requires_grad_(not config.model.freeze_vision)
-    if config.model.gradient_checkpointing:
-        policy.vlm.gradient_checkpointing_enable({"use_reentrant": False})
-    if config.model.compile:
-        policy.compile_layers()
-    return policy.train()
-
-
-def _reference(policy: Policy, model_folder: Path, config: Config, ranks: Ranks) -> Score | None:
-    """What the KL term holds on to: the policy without its adapters, or else a second copy of the model."""
-    if not config.loss.beta:
-        return None
-    if config.model.lora.rank:
-        return partial(policy, adapters=False)
-    return shard(_load(model_folder, config, ranks), ranks, config.model.precision)
-
-
-def _optimizer(policy: Policy, config: Config) -> torch.optim.Optimizer:
-    o = config.optimizer
-    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(trained, lr=o.lr, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay, fused=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ import pytest
 
 from medground import cli
 from medground.cli import main, train_config
-from medground.config import PRESETS, save_config
+from medground.config import save_config
+from medground.presets import PRESETS
 
 
 @pytest.mark.parametrize(

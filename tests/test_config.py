@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 import medground.config
-from medground.config import PRESETS, Config, DataConfig, ModelConfig, differing_fields, load_config, save_config
+from medground.config import Config, DataConfig, ModelConfig, differing_fields, load_config, save_config
+from medground.presets import PRESETS
 
 SMALL = Config(out="runs/x", steps=2, model=ModelConfig(path="m"), data=DataConfig(path="d"))
 

@@ -59,7 +59,7 @@ def _title(run: RunFiles) -> str:
 
 def _header(run: RunFiles) -> str:
     summary, environment = run.summary or {}, run.environment
-    steps = str(run.steps_done) if run.summary else f"{run.steps_done} of {run.config.steps}"
+    steps = str(run.steps_done) if run.summary else f"{run.steps_done} of {run.config.steps or _epochs(run)}"
     facts = {
         "Model": run.config.model.path,
         "Data": run.config.data.path,
@@ -83,6 +83,10 @@ def _header(run: RunFiles) -> str:
     )
 
 
+def _epochs(run: RunFiles) -> str:
+    return f"{run.config.epochs} epoch{'s' * (run.config.epochs > 1)}"
+
+
 def _progress(run: RunFiles) -> str:
     """What a run in progress has not written yet; "" for a finished one."""
     if run.summary:
@@ -97,7 +101,8 @@ def _progress(run: RunFiles) -> str:
         )
         if absent
     ]
-    done = f"{run.steps_done} of {run.config.steps} steps"
+    config = run.config
+    done = f"{run.steps_done} of {config.steps} steps" if config.steps else f"{run.steps_done} steps of {_epochs(run)}"
     return f'<p class="progress"><b>In progress:</b> {done}. Not there yet: {", ".join(missing)}.</p>'
 
 
