@@ -129,7 +129,7 @@ FAULTS = {
     "up": (other(image="images/../../a.png"), "image", "a path without '..'", "'images/../../a.png'"),
     "missing image": (other(image="images/c.png"), "image", "an existing file", "'images/c.png'"),
     "folder": (other(image="images"), "image", "an existing file", "'images'"),
-    "no name": (other(image="a\0b"), "image", "a readable image", "'a"),
+    "no name": (other(image="a\0b"), "image", "a file name", "'a"),
     "other size": (other(width=41), "width, height", "the size of images/b.png, 40x30", "'41x30'"),
 }
 

@@ -1,4 +1,4 @@
-"""Volumes: whatever order a file has its voxels in, a slice shows the patient's left on the right and the front on top."""
+"""Volumes: in whatever order a file has its voxels, a slice shows the patient's left on the right, the front on top."""
 
 import itertools
 

@@ -49,7 +49,7 @@ class Volume:
         return _square(self.raw.shape, self.spacing)
 
     def values(self, index: int) -> NDArray[np.float64]:
-        """Slice `index` as values (CT: Hounsfield units), [rows, columns], rows from front to back, pixels not square."""
+        """Slice `index` as values (CT: Hounsfield units), [rows, columns], from front to back; pixels not square."""
         return self.raw[:, :, index].T.astype(np.float64) * self.slope + self.intercept
 
     def limits(self, window: Window) -> tuple[float, float]:
