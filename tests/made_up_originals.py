@@ -27,6 +27,7 @@ def paint(path: Path, size: tuple[int, int], *boxes: tuple[int, int, int, int]) 
 
 def edges(grey: np.ndarray) -> tuple[float, float, float, float]:
     """xyxy of the one bright rectangle on a dark ground, [height, width], to a fraction of a pixel."""
+    grey = grey.astype(float)
     bright = grey > (grey.max() + grey.min()) / 2
     row, column = int(np.median(np.nonzero(bright)[0])), int(np.median(np.nonzero(bright)[1]))
     (x1, x2), (y1, y2) = _ends(grey[row]), _ends(grey[:, column])

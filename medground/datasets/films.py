@@ -134,9 +134,9 @@ def shown_size(size: tuple[int, int], longest_side: int) -> tuple[int, int]:
 
 def scaled(box: Box, size: tuple[int, int], to: tuple[int, int]) -> Box:
     """A box in pixels of an image of `size` -> pixels of the same image resized `to`; each axis has its own factor."""
-    sx, sy = to[0] / size[0], to[1] / size[1]
+    (w, h), (to_w, to_h) = size, to
     x1, y1, x2, y2 = box
-    return (x1 * sx, y1 * sy, min(x2 * sx, to[0]), min(y2 * sy, to[1]))
+    return (x1 * to_w / w, y1 * to_h / h, x2 * to_w / w, y2 * to_h / h)  # the far edge stays the far edge, exactly
 
 
 def write_png(picture: Image.Image, path: Path) -> None:
