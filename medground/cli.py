@@ -19,6 +19,7 @@ commands:
   demo            everything below on phantom films, in about ten minutes on two CPU cores
   data phantom    draw a data set of phantom chest films
   data prepare SOURCE   turn an original data set into records: ms-cxr, chestxray8, m3d-refseg, coco, vlm-r1, csv
+  data audit DIR  check a data set, and measure what a guess without looking reaches
   base            build the small base model of the demo
   train PRESET    train; under torchrun: torchrun --nproc-per-node N -m medground.train PRESET
   train --config FILE   train with the configuration of an earlier run
@@ -105,6 +106,12 @@ def _prepare(words: list[str]) -> None:
     getattr(source, function)(_options(getattr(source, options), f"medground data prepare {words[0]}", words[1:]))
 
 
+def _audit(words: list[str]) -> None:
+    from medground.audit.audit import AuditConfig, run_audit
+
+    run_audit(_options(AuditConfig, "medground data audit", words))
+
+
 def _base(words: list[str]) -> None:
     from medground.base_config import BaseConfig
 
@@ -147,6 +154,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo": _demo,
     "data phantom": _phantom,
     "data prepare": _prepare,
+    "data audit": _audit,
     "base": _base,
     "train": _train,
     "report": _report,

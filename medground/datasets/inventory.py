@@ -123,6 +123,28 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return value
 
 
+def read_images(folder: Path) -> dict[str, dict[str, Any]]:
+    """The lines of images.jsonl by image; empty where there is no such file.
+
+    Raises:
+        ValueError: it is damaged; names the line.
+    """
+    path = folder / IMAGES
+    found: dict[str, dict[str, Any]] = {}
+    if not path.is_file():
+        return found
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+                found[row["image"]] = {"sha256": str(row["sha256"]), "bytes": int(row["bytes"])}
+            except (ValueError, KeyError, TypeError, RecursionError):
+                raise ValueError(
+                    f"{path}:{number}: want an object with image, sha256 and bytes; got {line[:60]!r}"
+                ) from None
+    return found
+
+
 def command_line(program: str, settings: Mapping[str, Any]) -> str:
     """The command that asks for these settings, as one types it."""
     words = [program]

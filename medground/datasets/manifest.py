@@ -11,13 +11,14 @@ from typing import Any
 
 from medground.datasets.faults import Faults
 from medground.datasets.images import image_size
-from medground.datasets.inventory import json_line, read_manifest, written_whole
+from medground.datasets.inventory import json_line, read_images, read_manifest, written_whole
 from medground.datasets.paths import fault_of_path
 from medground.records import Box, Example
 
 RECORDS = "records.jsonl"
 SPLITS = ("train", "val", "test")
 
+_A = {"patient": "a patient", "study": "a study", "image": "an image"}
 _TEXTS = ("id", "image", "phrase", "category", "patient", "study", "source", "split")
 _FIELDS = ("id", "image", "width", "height", "phrase", "boxes", "category", "patient", "study", "source", "split")
 
@@ -49,6 +50,19 @@ def load_records(folder: str | Path) -> list[Example]:
         ValueError: the file is missing or empty, or any record is not as docs/data/records.md has it;
             lists the offenders as file:line, field, what was wanted and what came.
     """
+    examples, faults = check_records(folder)
+    faults.raise_if_any(Path(folder) / RECORDS, "docs/data/records.md")
+    return examples
+
+
+def check_records(folder: str | Path) -> tuple[list[Example], Faults]:
+    """Read all records of a data set: those without a fault, and the faults.
+
+    Args: as `load_records`.
+
+    Raises:
+        ValueError: the file is missing or empty, or manifest.json or images.jsonl is damaged.
+    """
     path = Path(folder) / RECORDS
     if not Path(folder).is_dir():
         raise ValueError(f"{folder}: no such data folder (want a folder that holds {RECORDS})")
@@ -62,8 +76,7 @@ def load_records(folder: str | Path) -> list[Example]:
     read_manifest(Path(folder))  # of a schema that this version reads, where there is one
     checker = _Checker(path)
     examples = [example for number, line in enumerate(lines, 1) if (example := checker.check(number, line))]
-    checker.faults.raise_if_any(path, "docs/data/records.md")
-    return examples
+    return examples, checker.faults
 
 
 def select(examples: Sequence[Example], split: str, folder: str | Path) -> list[Example]:
@@ -92,7 +105,9 @@ class _Checker:
         self.root = path.parent.resolve()
         self.faults = Faults()
         self.ids: dict[str, int] = {}  # id -> line
-        self.patients: dict[str, tuple[str, int]] = {}  # patient -> split, line
+        self.hashes = {name: row["sha256"] for name, row in read_images(path.parent).items()}
+        # what may lie in one split only: (field, value) -> split, line
+        self.places: dict[tuple[str, str], tuple[str, int]] = {}
         self.images: dict[str, tuple[int, int] | str] = {}  # image -> its size, or what is wrong with it
 
     def check(self, number: int, line: bytes) -> Example | None:
@@ -139,7 +154,7 @@ class _Checker:
 
     def _boxes(self, number: int, values: dict[str, Any]) -> tuple[Box, ...]:
         width, height = values["width"], values["height"]
-        kept = []
+        kept: dict[Box, None] = {}
         for index, box in enumerate(values["boxes"]):
             if not _is_box(box):
                 self._complain(number, f"boxes[{index}]", "four finite numbers [x1, y1, x2, y2]", box)
@@ -149,7 +164,10 @@ class _Checker:
                 wanted = f"0 <= x1 < x2 <= width ({width}) and 0 <= y1 < y2 <= height ({height})"
                 self._complain(number, f"boxes[{index}]", wanted, box)
                 continue
-            kept.append((float(x1), float(y1), float(x2), float(y2)))
+            corners = float(x1), float(y1), float(x2), float(y2)
+            if corners in kept:
+                self._complain(number, f"boxes[{index}]", "each box once", box)
+            kept[corners] = None
         return tuple(kept)
 
     def _texts(self, number: int, values: dict[str, Any]) -> None:
@@ -164,10 +182,19 @@ class _Checker:
         if values["split"] not in SPLITS:
             self._complain(number, "split", f"one of {', '.join(SPLITS)}", values["split"])
             return
-        split, line = self.patients.setdefault(values["patient"], (values["split"], number))
-        if split != values["split"]:
-            wanted = f"a patient of one split only ({values['patient']!r} is in {split!r} at line {line})"
-            self._complain(number, "patient", wanted, values["split"])
+        for field in ("patient", "study", "image"):
+            if not self._alone(number, field, values[field], repr(values[field]), values["split"]):
+                return
+        if digest := self.hashes.get(values["image"]):
+            self._alone(number, "image", digest, f"the content of {values['image']!r}", values["split"])
+
+    def _alone(self, number: int, field: str, value: str, name: str, split: str) -> bool:
+        """Whether what has this value has been in this split only, so far."""
+        first, line = self.places.setdefault((field, value), (split, number))
+        if first != split:
+            wanted = f"{_A[field]} of one split only ({name} is in {first!r} at line {line})"
+            self._complain(number, field, wanted, split)
+        return first == split
 
     def _image(self, number: int, values: dict[str, Any]) -> None:
         name = values["image"]
