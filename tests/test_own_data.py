@@ -23,8 +23,8 @@ QUESTION = (
 
 @pytest.fixture
 def root(tmp_path):
-    for name in ("a.png", "b.png", "sub/c.png"):
-        paint(tmp_path / "films" / name, (40, 30), (10, 10, 20, 20))
+    for number, name in enumerate(("a.png", "b.png", "sub/c.png")):
+        paint(tmp_path / "films" / name, (40, 30), (10, 10, 20, 20 + number))
     return tmp_path
 
 

@@ -174,7 +174,7 @@ class _Checker:
         for name in _TEXTS:
             if not values[name].strip():
                 self._complain(number, name, "a text that is not empty", values[name])
-            elif any("\ud800" <= letter <= "\udfff" for letter in values[name]):
+            elif not values[name].isascii() and any("\ud800" <= letter <= "\udfff" for letter in values[name]):
                 self._complain(number, name, "text that UTF-8 can hold (a lone surrogate)", ascii(values[name]))
         first = self.ids.setdefault(values["id"], number)
         if first != number:
@@ -211,7 +211,7 @@ class _Checker:
         if wanted := fault_of_path(self.root, name, "the data folder"):
             return wanted
         try:
-            return image_size((self.root / name).resolve())
+            return image_size(self.root / name)
         except ValueError as error:
             return f"a readable image ({error})"
 

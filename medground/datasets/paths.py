@@ -1,10 +1,16 @@
 """Names of files in a data set stay inside their folder, links followed."""
 
-from pathlib import Path, PurePosixPath, PureWindowsPath
+import os
+import re
+from pathlib import Path
+
+_DRIVE = re.compile(r"[A-Za-z]:|[\\/]")  # as POSIX or Windows begins an absolute path
 
 
 def fault_of_path(root: Path, name: str, folder: str) -> str:
     """What is wrong with `name` as a file under `root`; "" for nothing.
+
+    Strings, not Paths: a data set of 100,000 images asks this of each.
 
     Args:
         root: resolved.
@@ -14,16 +20,16 @@ def fault_of_path(root: Path, name: str, folder: str) -> str:
     Returns:
         What would be wanted instead, as "a path without '..'".
     """
-    if PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute():
+    if _DRIVE.match(name):
         return f"a path relative to {folder}"
-    if ".." in PurePosixPath(name).parts or ".." in PureWindowsPath(name).parts:
+    if ".." in re.split(r"[\\/]", name):
         return "a path without '..'"
     try:
-        target = (root / name).resolve()
-        if not target.is_relative_to(root):
-            return f"a file inside {folder} (a link leads to {target})"
-        if not target.is_file():
+        target = os.path.realpath(os.path.join(root, name))
+        if not target.startswith(os.path.join(root, "")):
+            return f"a file inside {folder} (a link leads to {target})" if target != str(root) else "an existing file"
+        if not os.path.isfile(target):
             return "an existing file"
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError) as error:
         return f"a file name ({error})"
     return ""
