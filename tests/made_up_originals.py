@@ -129,7 +129,7 @@ def m3d(root: Path, codes: tuple[str, str] = ("RAS", "LPI")) -> tuple[list[Path]
         mask[5:9, 20:25, 5] = 2
         mask[12:16, 20:25, 5] = 2  # a second part
         mask[30, 2, 5] = 2  # a speck
-        ct[mask > 0] = 60
+        ct[mask > 0] = 60 if case == "s0001" else 90
         nifti(volumes / case / "ct.nii.gz", ct, code)
         nifti(volumes / case / "mask.nii.gz", mask, code)
         texts = {"1": "Nodule in the left lung.", "2": "Two small lesions in the right lung."}
