@@ -128,6 +128,14 @@ def test_a_fault_stops_or_is_left_out(tmp_path, case):
     load_records(tmp_path / "out")
 
 
+def test_a_case_in_both_files_is_a_fault_of_the_split_by_files(tmp_path):
+    given = config(tmp_path, split="files")
+    train, test = (tmp_path / f"original/M3D_RefSeg_{name}.csv" for name in ("train", "test"))
+    test.write_text(test.read_text() + train.read_text().splitlines()[1] + "\n")
+    with pytest.raises(ValueError, match=r"test\.csv:6: Image, Mask, split: want one of each for case s0001"):
+        prepare_m3d_refseg(given)
+
+
 @pytest.mark.parametrize("slices", ["most", "every:0", "every:", "every:x"])
 def test_a_wrong_choice_of_slices_is_named(tmp_path, slices):
     with pytest.raises(ValueError, match="slices: want largest or every:k"):

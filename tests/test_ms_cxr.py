@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import json
 from collections import Counter
 
 import numpy as np
@@ -88,6 +89,19 @@ def test_the_split_of_mimic(tmp_path):
     (root / "mimic-cxr-2.0.0-split.csv.gz").write_bytes(gzip.compress(text.replace("img-b", "img-y").encode()))
     with pytest.raises(ValueError, match=r"csv:4: dicom_id: want an image of mimic-cxr-2.0.0-split.csv; got 'img-b'"):
         prepare_ms_cxr(config(tmp_path, split="mimic", out=str(tmp_path / "other")))
+
+
+def test_one_box_under_two_categories_is_kept_once(tmp_path):
+    given = config(tmp_path)
+    table = tmp_path / "original/MS_CXR_Local_Alignment_v1.1.0.csv"
+    lines = table.read_text().splitlines()
+    table.write_text("\n".join([*lines, lines[3].replace(",Cardiomegaly,", ",Edema,")]) + "\n")
+    prepare_ms_cxr(given)
+    record = next(r for r in load_records(tmp_path / "out") if r.phrase == "cardiomegaly")
+    assert record.category == "Cardiomegaly" and len(record.boxes) == 1
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert manifest["rows"] == {"read": 7, "used": 7, "left_out": 0}
+    assert [count for note, count in manifest["notes"].items() if "another category" in note] == [1]
 
 
 EDITS = {  # what is replaced in the CSV, by what, the message, rows that it makes useless

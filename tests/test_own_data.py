@@ -72,6 +72,29 @@ def test_csv_of_sizes_with_nothing_else(root):
     )
 
 
+def test_films_of_every_format_become_the_same_png(root):
+    pytest.importorskip("pydicom")
+    from medground.datasets.phantom import PhantomConfig, write_phantom
+
+    forms = {"plain": {}, "wide": {"bits": 16}, "dicom": {"dicom": True}}
+    films = {}
+    for form, options in forms.items():
+        write_phantom(PhantomConfig(out=str(root / form), count=4, val=0, test=1, size=56, **options), workers=1)
+        names = sorted(path.name for path in (root / form / "images").iterdir())
+        rows = "".join(f"{name},spot,1,1,9,9,train\n" for name in names)
+        own(
+            root,
+            "image,phrase,x,y,w,h,split\n" + rows,
+            images=str(root / form / "images"),
+            out=str(root / f"out-{form}"),
+        )
+        paths = sorted((root / f"out-{form}/images").iterdir())
+        assert [path.name for path in paths] == [f"00000{n}.png" for n in range(4)]
+        assert {Image.open(path).mode for path in paths} == {"L"}
+        films[form] = np.stack([np.asarray(Image.open(path)).astype(int) for path in paths])
+    assert np.abs(films["wide"] - films["plain"]).max() <= 1 and np.abs(films["dicom"] - films["plain"]).max() <= 1
+
+
 CSV_FAULTS = {
     "text": ("a.png,two,1,2,ten,10,,\n", r"rows\.csv:3: w: want a finite number; got 'ten'"),
     "half a box": ("a.png,two,1,2,,10,,\n", r"rows\.csv:3: w: want a finite number; got ''"),

@@ -195,6 +195,19 @@ def test_images_that_cannot_be_read_are_all_named(tmp_path):
     assert [r.phrase for r in load_records(tmp_path / "out")] == ["one"]
 
 
+def test_one_picture_in_two_splits_is_a_fault(tmp_path):
+    for name in ("a", "b"):
+        paint(tmp_path / f"films/{name}.png", (40, 30), (9, 9, 30, 20))
+    text = "image,phrase,x,y,w,h,split,patient\na.png,one,1,1,5,5,train,p\nb.png,two,1,1,5,5,test,q\n"
+    wanted = r"rows\.csv:3: image: want a picture of one split only \(that of a\.png is in 'train'\); got 'test'"
+    with pytest.raises(ValueError, match=wanted):
+        own(tmp_path, text)
+    own(tmp_path, text, leave_out_faulty=True)
+    assert [r.phrase for r in load_records(tmp_path / "out")] == ["one"]
+    assert [path.name for path in (tmp_path / "out/images").iterdir()] == ["a.png"]
+    assert json.loads((tmp_path / "out/manifest.json").read_text())["rows"] == {"read": 2, "used": 1, "left_out": 1}
+
+
 def test_nothing_left_is_said(tmp_path):
     paint(tmp_path / "films/a.png", (40, 30))
     with pytest.raises(ValueError, match="want at least one record; got none of 1 rows"):

@@ -47,6 +47,9 @@ def run_audit(config: AuditConfig) -> None:
     Raises:
         ValueError: there are errors, all of which are listed in the JSON file, 20 here; or there is no data set.
     """
+    for option, name in (("json", config.json), ("html", config.html)):
+        if name and not Path(name).parent.is_dir():
+            raise ValueError(f"{option}: want a file in a folder that exists; got {name}")
     audit = audit_folder(config)
     if config.json:
         with written_whole(Path(config.json)) as file:

@@ -62,6 +62,18 @@ def image_size(path: str | Path) -> tuple[int, int]:
         raise _named(path, error) from error
 
 
+def read_whole_volume(path: str | Path) -> volumes.Volume:
+    """All slices of a volume at once, for who needs many.
+
+    Raises:
+        ValueError: as `read_image`; names the file.
+    """
+    try:
+        return volumes.read_volume(Path(path))
+    except Exception as error:
+        raise _named(Path(path), error) from error
+
+
 def _named(path: Path, error: Exception) -> ValueError:
     if isinstance(error, FileNotFoundError):
         return ValueError(f"{path}: no such image file")

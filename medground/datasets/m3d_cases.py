@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from medground.datasets.components import component_boxes
 from medground.datasets.films import image_row, scaled, write_png
-from medground.datasets.volumes import Volume, Window, read_volume
+from medground.datasets.images import read_whole_volume
+from medground.datasets.volumes import Volume, Window
 from medground.records import Box, Example
 
 SPECKS = "parts of a mask too small to be boxes"
@@ -54,7 +55,7 @@ def convert_case(case: Case, out: Path) -> dict[str, Any]:
     """
     result: dict[str, Any] = {"images": [], "records": [], "faults": [], "notes": {}}
     try:
-        ct, labels = _read(Path(case.ct)), _read(Path(case.mask))
+        ct, labels = read_whole_volume(case.ct), read_whole_volume(case.mask)
         if ct.raw.shape != labels.raw.shape or not np.allclose(ct.affine, labels.affine, atol=0.1):
             theirs = f"{labels.raw.shape} at {np.round(labels.affine[:3], 2).tolist()}"
             raise ValueError(f"{case.mask}: want the shape {ct.raw.shape} and the place of {case.ct}; got {theirs}")
@@ -82,15 +83,6 @@ def convert_case(case: Case, out: Path) -> dict[str, Any]:
             result["records"] += _records(case, region, index, image, ct.slice_size, boxes, first=at == 0)
     result["notes"] = {name: count for name, count in notes.items() if count}
     return result
-
-
-def _read(path: Path) -> Volume:
-    try:
-        return read_volume(path)
-    except ModuleNotFoundError:
-        raise ValueError(f"{path}: want nibabel to read NIfTI: pip install nibabel") from None
-    except Exception as error:  # decoders raise nearly anything on a damaged file
-        raise ValueError(f"{path}: cannot read the volume: {error or type(error).__name__}") from error
 
 
 def _mask(labels: Volume, mask_id: int) -> NDArray[np.bool_]:

@@ -68,7 +68,7 @@ def read_ms_cxr(config: MsCxrConfig) -> Original:
     columns: tuple[str, ...] = COLUMNS
     mimic: Path | None = None
     if config.split == "official":
-        if path.is_file() and not has_column(path, "split"):
+        if not has_column(path, "split"):
             raise ValueError(
                 f"{path}:1: header: want the column split, which v1.1.0 has, for --split official; "
                 "v1.0.0 goes with --split medrpg-like or mimic"

@@ -60,7 +60,7 @@ def read_csv(config: OwnCsvConfig) -> Original:
         ValueError: it is missing, or is not such a table.
     """
     path = Path(config.annotations)
-    corners = not path.is_file() or has_column(path, "x1")
+    corners = has_column(path, "x1")
     columns = CORNERS if corners else SIZES
     gathering = Gathering()
     for row in read_table(path, ("image", "phrase", *columns)):

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from medground.datasets.faults import Faults
+from medground.datasets.faults import Faults, complaint
 from medground.datasets.inventory import (
     IMAGES,
     MANIFEST,
@@ -94,7 +94,8 @@ def prepare(config: PrepareConfig, original: Original) -> None:
     out = Path(config.out)
     settings = _settings(original)
     if _is_there(out, settings):
-        print(f"{out}: {original.name}, already there")
+        left = read_manifest(out)["rows"]["left_out"]  # type: ignore[index]
+        print(f"{out}: {original.name}, already there ({left} rows left out)")
         return
     (out / "images").mkdir(parents=True, exist_ok=True)
     (out / MANIFEST).unlink(missing_ok=True)  # the folder is not complete from here on
@@ -106,9 +107,9 @@ def prepare(config: PrepareConfig, original: Original) -> None:
         written_whole(out / RECORDS) as records,
         written_whole(out / IMAGES) as images,
     ):
-        for done in _results(out, original, journal, workers):
+        for result in _results(out, original, journal, workers):
+            done = totals.add(result)
             faults += done["faults"]
-            totals.add(done)
             records.writelines(json_line(one["example"]) for one in done["records"])
             images.writelines(json_line(row) for row in done["images"])
         if not config.leave_out_faulty:
@@ -125,8 +126,12 @@ class _Totals:
         self.rows = 0
         self.notes: Counter[str] = Counter()
         self.patients: dict[str, str] = {}
+        self.pictures: dict[str, tuple[str, str]] = {}  # SHA-256 -> the split and original of the first
+        self.strays: list[str] = []  # images written, but left out
 
-    def add(self, done: Mapping[str, Any]) -> None:
+    def add(self, result: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Count a result; what is left of it without pictures that another split has."""
+        done = self._without_leaks(result)
         self.notes.update(done["notes"])
         for one in done["records"]:
             example = Example(**one["example"])
@@ -134,6 +139,28 @@ class _Totals:
             assert self.patients.setdefault(example.patient, example.split) == example.split, example
             self.rows += len(one["rows"])
             self.counts.add(example)
+        return done
+
+    def _without_leaks(self, done: Mapping[str, Any]) -> Mapping[str, Any]:
+        splits = {one["example"]["image"]: one["example"]["split"] for one in done["records"]}
+        leaks = []
+        for row in done["images"]:
+            split, other = self.pictures.setdefault(row["sha256"], (splits[row["image"]], row["original"]))
+            if split != splits[row["image"]]:
+                leaks.append((row["image"], f"a picture of one split only (that of {other} is in {split!r})"))
+        if not leaks:
+            return done
+        faults, images = list(done["faults"]), dict(leaks)
+        for image, wanted in leaks:
+            rows = [row for one in done["records"] if one["example"]["image"] == image for row in one["rows"]]
+            faults.append({"rows": rows, "why": complaint(rows[0] if rows else image, "image", wanted, splits[image])})
+        self.strays += images
+        return {
+            "images": [row for row in done["images"] if row["image"] not in images],
+            "records": [one for one in done["records"] if one["example"]["image"] not in images],
+            "faults": faults,
+            "notes": done["notes"],
+        }
 
     def check(self, original: Original, faults: Sequence[Mapping[str, Any]]) -> None:
         left = sum(len(one["rows"]) for one in (*faults, *original.left_out))
@@ -170,6 +197,8 @@ def _finish(
     out: Path, original: Original, settings: dict[str, Any], totals: _Totals, faults: list[Mapping[str, Any]]
 ) -> None:
     left = [*original.left_out, *faults]
+    for name in totals.strays:
+        (out / name).unlink(missing_ok=True)
     with written_whole(out / LEFT_OUT) as file:
         file.writelines(json_line({"rows": one["rows"], "why": one["why"]}) for one in left)
     write_manifest(

@@ -9,6 +9,7 @@ import gzip
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 from medground.datasets.faults import Faults
 
@@ -71,7 +72,7 @@ def read_table(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     csv.field_size_limit(MAX_CELL)
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+    with _open(path) as file:
         reader = csv.reader(_lines(file, path), strict=True)
         names = _next(reader, path)
         if names is None:
@@ -92,9 +93,19 @@ def read_table(path: Path, columns: Sequence[str]) -> Iterator[Row]:
 
 
 def has_column(path: Path, column: str) -> bool:
-    """Whether the file's header has the column."""
-    with path.open("rb") as file:
+    """Whether the file's header has the column.
+
+    Raises:
+        ValueError: as `read_table`, of the first line.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    with _open(path) as file:
         return column in [name.strip() for name in _next(csv.reader(_lines(file, path)), path) or []]
+
+
+def _open(path: Path) -> IO[bytes]:
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
 
 
 def _check_header(path: Path, names: list[str], columns: Sequence[str]) -> None:

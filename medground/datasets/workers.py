@@ -1,6 +1,7 @@
 """A function over many items in several processes: results in order, few items under way at once."""
 
 import multiprocessing
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -26,8 +27,9 @@ def map_in_order(function: Callable[[_In], _Out], items: Iterable[_In], workers:
     if workers == 1:
         yield from map(function, items)
         return
-    # spawned: forking a process that has threads can hang
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    # spawned: forking a process that has threads can hang. Ctrl-C reaches all; this process alone answers it
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         waiting: deque[Future[_Out]] = deque()
         try:
             for item in items:
