@@ -1,7 +1,9 @@
 """A function over many items in several processes: results in order, few items under way at once."""
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -27,9 +29,8 @@ def map_in_order(function: Callable[[_In], _Out], items: Iterable[_In], workers:
     if workers == 1:
         yield from map(function, items)
         return
-    # spawned: forking a process that has threads can hang. Ctrl-C reaches all; this process alone answers it
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+    # spawned: forking a process that has threads can hang
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin) as pool:
         waiting: deque[Future[_Out]] = deque()
         try:
             for item in items:
@@ -43,3 +44,17 @@ def map_in_order(function: Callable[[_In], _Out], items: Iterable[_In], workers:
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def _begin() -> None:
+    """In a new worker: leave Ctrl-C to the main process, and end with it even where it was killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # or it would go on writing files that a new run writes too
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
