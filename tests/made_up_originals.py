@@ -126,6 +126,7 @@ def m3d(root: Path, codes: tuple[str, str] = ("RAS", "LPI")) -> tuple[list[Path]
         ct, mask = np.full((40, 30, 8), -800, np.int16), np.zeros((40, 30, 8), np.uint8)
         mask[24:34, 6:12, 2:4] = 1
         mask[24:36, 6:14, 3] = 1  # its largest slice
+        mask[24:26, 6:8, 4] = 1  # less than a tenth of that
         mask[5:9, 20:25, 5] = 2
         mask[12:16, 20:25, 5] = 2  # a second part
         mask[30, 2, 5] = 2  # a speck

@@ -100,6 +100,7 @@ def test_a_suspicion_is_named(data, case):
 @pytest.mark.parametrize("changes", [
     {"boxes": ((10.0, 20.0, 101.0, 60.0),)},  # over the middle
     {"boxes": ((10.0, 20.0, 90.0, 60.0), (120.0, 20.0, 160.0, 60.0))},  # one of the two is where it should be
+    {"phrase": "right mass", "boxes": ((10.0, 20.0, 90.0, 60.0), (120.0, 20.0, 160.0, 60.0))},
     {"phrase": "left and right mass", "boxes": ((10.0, 20.0, 90.0, 60.0),)},
     {"phrase": "mass", "boxes": ((10.0, 20.0, 90.0, 60.0),)},
     {"boxes": ()},
@@ -128,6 +129,20 @@ def test_one_picture_under_two_names(data):
         "images/13.png: pixels: want a picture in one split only; got that of images/3.png ('train') in 'test'" in error
     )
     assert not audit(folder, headers_only=True).errors
+
+
+def test_flat_films_of_two_shapes_are_two_pictures(tmp_path):
+    paint(tmp_path / "images/0.png", (200, 100))
+    paint(tmp_path / "images/1.png", (100, 200))
+    boxes = ((1.0, 1.0, 9.0, 9.0),)
+    write_records(tmp_path, [record(0, boxes=boxes), record(1, width=100, height=200, boxes=boxes)])
+    assert not audit(tmp_path).warnings
+
+
+def test_classes_of_few_training_records(data):
+    changes = [(n, {"category": "rare"}) for n in (0, 1, 13)]
+    (warning,) = audit(data(changes)).warnings
+    assert (warning.kind, warning.where, warning.text) == ("class", "rare", "1 records in test, 2 in train")
 
 
 def test_errors_of_records_and_images_are_listed_at_once(data, capsys, tmp_path):

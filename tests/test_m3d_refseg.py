@@ -72,6 +72,26 @@ def test_every_k_th_slice(tmp_path):
     assert json.loads((tmp_path / "all/manifest.json").read_text())["rows"]["used"] == 8
 
 
+def test_parts_that_are_all_too_small_leave_the_largest(tmp_path):
+    prepare_m3d_refseg(config(tmp_path, min_pixels=10_000))
+    assert [r.boxes for r in load_records(tmp_path / "out")][:2] == [((24, 9, 36, 21),), ((5, 30, 9, 37.5),)]
+
+
+def test_scaled_masks_count_by_their_values(tmp_path):
+    nib = pytest.importorskip("nibabel")
+    prepare_m3d_refseg(config(tmp_path))
+    path = tmp_path / "original/M3D_RefSeg/s0001/mask.nii.gz"
+    mask = nib.load(path)
+    image = nib.Nifti1Image(np.asarray(mask.dataobj).astype(np.int16) * 2, mask.affine)
+    image.header.set_slope_inter(0.5, 0)
+    nib.save(image, path)
+    assert float(nib.load(path).dataobj.slope) == 0.5
+    values = config(tmp_path / "unused").settings() | {"csv": (str(tmp_path / "original/M3D_RefSeg_train.csv"),)}
+    values |= {"volumes": str(tmp_path / "original/M3D_RefSeg"), "out": str(tmp_path / "scaled"), "workers": 1}
+    prepare_m3d_refseg(M3dRefSegConfig(**values))
+    assert load_records(tmp_path / "scaled") == load_records(tmp_path / "out")[:2]
+
+
 def test_questions_and_drawn_splits(tmp_path):
     prepare_m3d_refseg(config(tmp_path, phrases="question", test=0.5, val=0.2))
     records = load_records(tmp_path / "out")

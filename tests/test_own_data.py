@@ -72,6 +72,11 @@ def test_csv_of_sizes_with_nothing_else(root):
     )
 
 
+def test_absent_twice_is_once_too_often(root):
+    with pytest.raises(ValueError, match=r"rows\.csv:3: line: want each box once; got the row of .*:2 again"):
+        own(root, "image,phrase,x,y,w,h,category\na.png,one,,,,,A\na.png,one,,,,,B\n")
+
+
 def test_films_of_every_format_become_the_same_png(root):
     pytest.importorskip("pydicom")
     from medground.datasets.phantom import PhantomConfig, write_phantom

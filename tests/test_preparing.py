@@ -95,14 +95,31 @@ def test_an_interrupted_preparation_continues(config, whole, tmp_path, monkeypat
     assert contents(tmp_path / "out") == whole
 
 
-def test_images_that_changed_meanwhile_are_made_again(config, whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(preparing, "_finish", lambda *args: None)
+@pytest.mark.parametrize("torn", [1, 5])  # bytes that the kill has cut off the last line
+def test_what_changed_meanwhile_is_made_again(config, whole, tmp_path, monkeypatch, torn):
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing, "_finish", lambda *args: None)
+        prepare_ms_cxr(config)
+        journal = tmp_path / "out/.prepare.jsonl"
+        lines = len(journal.read_text().splitlines())
+        journal.write_bytes(journal.read_bytes()[:-torn])
+        image = tmp_path / "out/images/img-a.png"
+        image.write_bytes(image.read_bytes()[:-9] + bytes(9))  # of its size, but another
+        (tmp_path / "out/images/img-b.png").unlink()
+        prepare_ms_cxr(config)
+        again = [json.loads(line) for line in journal.read_text().splitlines()]
+        assert len(again) == lines + 2  # those two once more, and the torn one again
     prepare_ms_cxr(config)
-    monkeypatch.undo()
-    journal = tmp_path / "out/.prepare.jsonl"
-    journal.write_bytes(journal.read_bytes()[:-5])  # torn by the kill
-    (tmp_path / "out/images/img-a.png").write_bytes(b"torn")
-    (tmp_path / "out/images/img-b.png").unlink()
+    assert contents(tmp_path / "out") == whole
+
+
+def test_what_had_a_fault_is_tried_again(config, whole, tmp_path):
+    image = tmp_path / "original/MIMIC-CXR-JPG/files/p10/p10000002/s50000002/img-c.jpg"
+    good = image.read_bytes()
+    image.write_bytes(good[:200])
+    with pytest.raises(ValueError, match=r":6: image: .*img-c\.jpg"):
+        prepare_ms_cxr(config)
+    image.write_bytes(good)
     prepare_ms_cxr(config)
     assert contents(tmp_path / "out") == whole
 
@@ -141,8 +158,26 @@ def test_a_finished_one_is_not_done_again(config, whole, tmp_path, monkeypatch, 
         prepare_ms_cxr(dataclasses.replace(config, workers=2))
     assert "already there" in capsys.readouterr().out
     (tmp_path / "out/images/img-a.png").unlink()  # a part of it is not it
+    (tmp_path / "out/images/img-b.png").write_bytes(b"torn")
     prepare_ms_cxr(config)
     assert contents(tmp_path / "out") == whole
+    (tmp_path / "out/images/img-b.png").write_bytes(b"torn")
+    prepare_ms_cxr(config)
+    (tmp_path / "out/left_out.jsonl").unlink()
+    prepare_ms_cxr(config)
+    assert contents(tmp_path / "out") == whole
+
+
+def test_what_was_edited_is_left_alone(config, tmp_path):
+    prepare_ms_cxr(config)
+    records = tmp_path / "out/records.jsonl"
+    records.write_text(records.read_text().replace("small left", "left"))
+    before = contents(tmp_path / "out")
+    with pytest.raises(
+        ValueError, match=r"want a folder as it was prepared; .* whose records\.jsonl was changed since"
+    ):
+        prepare_ms_cxr(config)
+    assert contents(tmp_path / "out") == before
 
 
 def test_another_data_set_is_left_alone(config, tmp_path):
@@ -167,6 +202,10 @@ def test_a_begun_one_with_other_settings_is_left_alone(config, tmp_path, monkeyp
     Path(config.annotations).write_text(Path(config.annotations).read_text() + "\n")
     with pytest.raises(ValueError, match=r"which has annotations \{'MS_CXR"):
         prepare_ms_cxr(config)
+
+
+def test_results_come_in_the_order_of_the_items():
+    assert list(map_in_order(abs, range(-100, 0), 2)) == list(range(100, 0, -1))
 
 
 def test_a_dead_worker_is_said():

@@ -21,9 +21,7 @@ from medground.datasets.tables import Row, read_table
 from medground.datasets.volumes import Window
 
 NAME = "m3d-refseg"
-LICENCE = (
-    "M3D-RefSeg: card says Apache-2.0; volumes are TotalSegmentator's, on its own terms; cite both"
-)
+LICENCE = "M3D-RefSeg: card says Apache-2.0; volumes are TotalSegmentator's, on its own terms; cite both"
 COLUMNS = ("Image", "Mask", "Mask_ID", "Question_Type", "Question", "Answer")
 TEXTS = "text.json"
 

@@ -247,9 +247,16 @@ def _is_there(out: Path, settings: dict[str, Any]) -> bool:
 
 
 def _is_complete(out: Path, files: Mapping[str, str]) -> bool:
+    """Whether all that manifest.json speaks of is there.
+
+    Raises:
+        ValueError: a file was edited, which a new preparation would undo.
+    """
     for name, digest in files.items():
-        if not (out / name).is_file() or file_hash(out / name) != digest:
+        if not (out / name).is_file():
             return False
+        if file_hash(out / name) != digest:
+            raise ValueError(f"out: want a folder as it was prepared; got {out}, whose {name} was changed since")
     with (out / IMAGES).open(encoding="utf-8") as file:
         for row in map(json.loads, file):
             path = out / row["image"]
