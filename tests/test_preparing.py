@@ -158,11 +158,11 @@ def test_a_finished_one_is_not_done_again(config, whole, tmp_path, monkeypatch, 
         prepare_ms_cxr(dataclasses.replace(config, workers=2))
     assert "already there" in capsys.readouterr().out
     (tmp_path / "out/images/img-a.png").unlink()  # a part of it is not it
-    (tmp_path / "out/images/img-b.png").write_bytes(b"torn")
     prepare_ms_cxr(config)
     assert contents(tmp_path / "out") == whole
     (tmp_path / "out/images/img-b.png").write_bytes(b"torn")
     prepare_ms_cxr(config)
+    assert contents(tmp_path / "out") == whole
     (tmp_path / "out/left_out.jsonl").unlink()
     prepare_ms_cxr(config)
     assert contents(tmp_path / "out") == whole
