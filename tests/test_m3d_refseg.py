@@ -116,6 +116,14 @@ def other_place(folder):
     nifti(folder / "M3D_RefSeg/s0001/mask.nii.gz", np.ones((40, 30, 8), np.uint8), spacing=(1, 1.5, 4))
 
 
+def bare(folder):
+    (folder / "M3D_RefSeg/ct.nii.gz").write_bytes((folder / "M3D_RefSeg/s0001/ct.nii.gz").read_bytes())
+    table = folder / "M3D_RefSeg_train.csv"
+    lines = table.read_text().splitlines()
+    lines[4] = lines[4].replace("M3D_RefSeg/s0001/ct.nii.gz", "ct.nii.gz")
+    table.write_text("\n".join(lines) + "\n")
+
+
 def edit(old, new):
     def change(folder):
         table = folder / "M3D_RefSeg_train.csv"
@@ -130,6 +138,7 @@ FAULTS = {
     "another shape": (other_shape, r"train\.csv:2: .*mask\.nii\.gz: want the shape \(40, 30, 8\)", 4),
     "another place": (other_place, r"train\.csv:2: .*mask\.nii\.gz: want the shape", 4),
     "text as id": (edit("mask.nii.gz,2,1", "mask.nii.gz,two,1"), r":5: Mask_ID: want a finite number; got 'two'", 1),
+    "no case": (bare, r":5: Image: want a volume in the folder of its case; got 'ct\.nii\.gz'", 1),
     "no text": (edit("mask.nii.gz,2,1", "mask.nii.gz,3,1"), r":5: Mask_ID: want one with a text .*: 1, 2; got '3'", 1),
     "up": (edit("/mask.nii.gz,2,1", "/../../a/mask.nii.gz,2,1"), r":5: Mask: want a path without '\.\.'", 1),
 }  # fmt: skip

@@ -115,8 +115,10 @@ class _Reading:
         if number is not None and (number != int(number) or number < 1):
             faults.add(row.where, "Mask_ID", "a whole number >= 1", row["Mask_ID"])
         question = row.text("Question", faults)
+        case, mask_id = Path(ct).parent.name, int(number or 0)
+        if not faults and not case:
+            faults.add(row.where, "Image", "a volume in the folder of its case", row["Image"])
         if not faults:
-            case, mask_id = Path(ct).parent.name, int(number or 0)
             files = ct, mask, self._split(path, case)
             first = self._files.setdefault(case, files)
             if first != files:

@@ -46,10 +46,6 @@ class Job(Protocol):
     def key(self) -> str:
         """Its name, unique in the data set."""
 
-    @property
-    def rows(self) -> tuple[str, ...]:
-        """The rows of the annotations that it stands for."""
-
 
 Convert = Callable[[Any, Path], dict[str, Any]]
 
