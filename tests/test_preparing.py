@@ -187,9 +187,17 @@ def test_another_data_set_is_left_alone(config, tmp_path):
         prepare_ms_cxr(dataclasses.replace(config, longest_side=90))
     assert contents(tmp_path / "out") == before
     paint(tmp_path / "mine/images/a.png", (4, 4))
-    with pytest.raises(ValueError, match=r"mine, which holds another data set"):
+    with pytest.raises(ValueError, match=r"want a new or an empty folder; got .*mine, which holds images"):
         prepare_ms_cxr(dataclasses.replace(config, out=str(tmp_path / "mine")))
+    with pytest.raises(ValueError, match=r"which holds MIMIC-CXR-JPG, MS_CXR"):  # the originals' own folder
+        prepare_ms_cxr(dataclasses.replace(config, out=str(tmp_path / "original")))
     (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"out: want a folder that can be made; got .*\(Not a directory\)"):
+        prepare_ms_cxr(dataclasses.replace(config, out=str(tmp_path / "file/out")))
+    with pytest.raises(ValueError, match=r"images: want a folder; got .*none, which is none"):
+        prepare_ms_cxr(dataclasses.replace(config, images=str(tmp_path / "none"), out=str(tmp_path / "new")))
+    (tmp_path / "empty/images").mkdir(parents=True)
+    prepare_ms_cxr(dataclasses.replace(config, out=str(tmp_path / "empty")))
     with pytest.raises(ValueError, match=r"want a folder; got the file .*file"):
         prepare_ms_cxr(dataclasses.replace(config, out=str(tmp_path / "file")))
 

@@ -13,7 +13,7 @@ from typing import Any
 from medground.datasets.faults import Faults, complaint
 from medground.datasets.films import Film, Statement
 from medground.datasets.manifest import SPLITS
-from medground.datasets.paths import fault_of_path
+from medground.datasets.paths import fault_of_path, need_folder
 from medground.records import Box
 
 TWO_CATEGORIES = "boxes that a second row repeats under another category (kept once, under the first)"
@@ -83,8 +83,11 @@ class Gathering:
             longest_side: of the images to write.
             name: a row's image -> its path in the data folder, without images/ and suffix.
             find: (root, image) -> path relative to root; None where it is `image` itself.
+
+        Raises:
+            ValueError: there is no folder `root`.
         """
-        root = root.resolve()
+        root = need_folder(root, "images")
         splits: dict[str, tuple[str, str]] = {}  # patient -> split, where
         names: dict[str, str] = {}
         films = []

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from medground.datasets.faults import Faults
 from medground.datasets.m3d_cases import Case, Region, convert_case
 from medground.datasets.options import DrawnConfig, want
-from medground.datasets.paths import fault_of_path
+from medground.datasets.paths import fault_of_path, need_folder
 from medground.datasets.preparing import Original, prepare
 from medground.datasets.splits import split_of, split_of_file
 from medground.datasets.tables import Row, read_table
@@ -100,7 +100,7 @@ class _Reading:
 
     def __init__(self, config: M3dRefSegConfig) -> None:
         self.config = config
-        self.root = Path(config.volumes).resolve()
+        self.root = need_folder(Path(config.volumes), "volumes")
         self.read = 0
         self.faults: list[dict[str, Any]] = []
         self._files: dict[str, tuple[str, str, str]] = {}  # case -> ct, mask, split

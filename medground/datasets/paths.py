@@ -33,3 +33,10 @@ def fault_of_path(root: Path, name: str, folder: str) -> str:
     except (OSError, ValueError) as error:
         return f"a file name ({error})"
     return ""
+
+
+def need_folder(path: Path, option: str) -> Path:
+    """The folder, resolved; raises ValueError naming the option where there is none."""
+    if not path.is_dir():
+        raise ValueError(f"{option}: want a folder; got {path}, which is none")
+    return path.resolve()

@@ -93,7 +93,10 @@ def prepare(config: PrepareConfig, original: Original) -> None:
         left = read_manifest(out)["rows"]["left_out"]  # type: ignore[index]
         print(f"{out}: {original.name}, already there ({left} rows left out)")
         return
-    (out / "images").mkdir(parents=True, exist_ok=True)
+    try:
+        (out / "images").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out: want a folder that can be made; got {out} ({error.strerror})") from None
     (out / MANIFEST).unlink(missing_ok=True)  # the folder is not complete from here on
     faults = list(original.faults)
     totals = _Totals()
@@ -236,9 +239,13 @@ def _is_there(out: Path, settings: dict[str, Any]) -> bool:
     if manifest is not None:
         check_settings(out, manifest.get("settings"), settings)
         return _is_complete(out, manifest["files"])
-    images = out / "images"
-    if not (out / JOURNAL).exists() and ((out / RECORDS).exists() or (images.exists() and any(images.iterdir()))):
-        raise ValueError(f"out: want a folder without records; got {out}, which holds another data set")
+    if out.is_dir() and not (out / JOURNAL).exists():
+        # a run that ended before its first job may have left the one empty folder
+        held = sorted(
+            path.name for path in out.iterdir() if path.name != "images" or not path.is_dir() or any(path.iterdir())
+        )
+        if held:
+            raise ValueError(f"out: want a new or an empty folder; got {out}, which holds {', '.join(held[:5])}")
     return False
 
 
