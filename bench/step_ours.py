@@ -28,6 +28,7 @@ from medground.config import (
 )
 from medground.costs import network_of, peak_of, sizes_of, step_operations
 from medground.evaluate import Asker
+from medground.preflight import limits_of
 from medground.prompts import load_processor
 from medground.records import Group, Prompt, Rollout
 from medground.rewards.total import Rewards
@@ -69,7 +70,7 @@ class OurSide:
         self.job, self.ranks, self.config = job, ranks, make_our_config(job)
         config, dtype = self.config, compute_dtype(ranks, self.config.model.precision)
         processor = load_processor(job.model, config.data.min_pixels, config.data.max_pixels)
-        limits = train._limits(config, job.examples, processor, job.model, dtype)
+        limits = limits_of(config, job.examples, processor, job.model, dtype)
         policy = build_policy(job.model, config, ranks)
         self.optimizer = build_optimizer(policy, config)
         whole = WholeCopy(policy, ranks, config.model.precision)

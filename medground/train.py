@@ -18,35 +18,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig
 
-from medground.adamw import need_torchao, set_learning_rate
+from medground.adamw import set_learning_rate
 from medground.build import Score, build_optimizer, build_policy, build_reference
 from medground.checkpoint import Checkpoints
-from medground.config import Config, differing_fields
+from medground.config import Config
 from medground.costs import network_of, peak_of, sizes_of, step_operations
-from medground.datasets.manifest import load_records, records_hash, select
 from medground.evaluate import Asker, read_answer
 from medground.export import export_policy
 from medground.job.interruption import InterruptedRun, Interruption
 from medground.job.memory import memory_explained
 from medground.job.watch import watch
-from medground.lora import need_peft
 from medground.micro_batches import Load, deal
 from medground.packing import Packed, pack
-from medground.policy import Policy, check_model
-from medground.prompts import Processor, load_processor, prompt_tokens
+from medground.policy import Policy
+from medground.preflight import check_job
 from medground.records import Example, Group, Prompt
 from medground.report.page import write_report
 from medground.rewards.total import score_answers
 from medground.rollout.cache import Sampling
-from medground.rollout.engine import Engine, Limits, plan_cache
-from medground.run_folder import RunFolder, check_folder, environment, restarted
-from medground.sharding import Ranks, SharedError, WholeCopy, compute_dtype, join_ranks, reduce_gradients
+from medground.rollout.engine import Engine
+from medground.run_folder import RunFolder, environment, restarted
+from medground.sharding import Ranks, WholeCopy, compute_dtype, join_ranks, reduce_gradients
 from medground.step_metrics import Clock, Totals, sample_rows, step_totals, update_statistics
 from medground.summary import Splits, evaluate_if_due, summarise
 from medground_kernels.group_advantage import group_advantage
@@ -69,7 +64,7 @@ def train(config: Config) -> None:
         Interruption() as interruption,
     ):
         config = replace(config, resume=config.resume or ranks.any(restarted(config)))
-        splits, data_hash, model_folder, processor, limits = _check(config, ranks)
+        splits, data_hash, model_folder, processor, limits = check_job(config, ranks)
         asked, config = config, config.in_steps(len(splits.train))
         ranks = ranks.arranged(config.sharding.replicas)
         held = ranks.together(lambda: RunFolder(config) if ranks.is_first else None)
@@ -393,83 +388,6 @@ def _share(examples: Sequence[Example], config: Config, ranks: Ranks, step: int)
 
 def _order(n: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed + (epoch << 31))).tolist()
-
-
-def _check(config: Config, ranks: Ranks) -> tuple[Splits, str, Path, Processor, Limits]:
-    """Everything a user may have got wrong, before any work: the same answer on every rank."""
-    first, *others = ranks.gather(config)
-    for rank, other in enumerate(others, 1):
-        if differing := differing_fields(first, other):
-            raise SharedError(f"rank {rank} was started with another configuration than rank 0: {'; '.join(differing)}")
-    B = config.rollout.prompts_per_step
-    if B % ranks.size:
-        raise SharedError(f"rollout.prompts_per_step: want a multiple of the {ranks.size} ranks; got {B}")
-
-    def check() -> tuple[Splits, str, Path, Processor, Limits]:
-        ranks.replicas(config.sharding.replicas)
-        records = load_records(config.data.path)
-        data_hash = records_hash(config.data.path)
-        check_folder(config, data_hash)
-        model_folder = _model_folder(config.model.path)
-        check_model(model_folder)
-        if config.model.lora.rank:
-            need_peft()
-        if config.optimizer.kind == "adamw-8bit":
-            need_torchao()
-        processor = load_processor(model_folder, config.data.min_pixels, config.data.max_pixels)
-        names = (config.data.train_split, config.data.curve_split, config.data.test_split)
-        train, curve, test = (select(records, name, config.data.path) for name in names)
-        if not any(example.boxes for example in train):
-            raise ValueError(f"{config.data.path}: want a record with a box in split {names[0]!r}; got none")
-        if len({example.patient for example in test}) < 2:
-            raise ValueError(f"{config.data.path}: want two patients or more in split {names[2]!r} (shuffled images)")
-        splits = Splits(train, curve[: config.evaluation.curve_records], test)
-        examples = [example for split in splits for example in split]
-        limits = _limits(config, examples, processor, model_folder, compute_dtype(ranks, config.model.precision))
-        return splits, data_hash, model_folder, processor, limits
-
-    return ranks.together(check)
-
-
-def _limits(
-    config: Config, examples: Sequence[Example], processor: Processor, model_folder: Path, dtype: torch.dtype
-) -> Limits:
-    """What decoding and training need, once it is certain that every prompt fits with its completions."""
-    tokens = {example.id: prompt_tokens(example, processor, config.prompt.template) for example in examples}
-    wordy, large = max(tokens, key=lambda name: tokens[name][0]), max(tokens, key=lambda name: tokens[name][1])
-    P = tokens[wordy][0] + tokens[large][1]  # evaluation shows a phrase with other records' images as well
-    told = (
-        f"the longest text takes {tokens[wordy][0]} tokens (record {wordy}), "
-        f"the largest image {tokens[large][1]} (record {large})"
-    )
-    text = AutoConfig.from_pretrained(model_folder, trust_remote_code=False).text_config
-    r = config.rollout
-    if P + r.max_new_tokens > text.max_position_embeddings:
-        raise ValueError(
-            f"data.max_pixels, rollout.max_new_tokens: want a prompt and {r.max_new_tokens} new tokens within the "
-            f"model's context of {text.max_position_embeddings} tokens; {told}"
-        )
-    group = P + r.group_size * r.max_new_tokens
-    if group > config.loss.micro_batch_tokens:
-        raise ValueError(
-            f"loss.micro_batch_tokens: want at least {group}, a prompt and {r.group_size} completions of "
-            f"{r.max_new_tokens} tokens; got {config.loss.micro_batch_tokens}; {told}"
-        )
-    limits = Limits(P, r.max_new_tokens, r.max_rows, r.cache_gb * 1e9, r.prefill_tokens)
-    try:
-        plan_cache(text, dtype, limits, prompts=1, copies=1)
-    except ValueError as error:
-        raise ValueError(f"{error}; {told}") from None
-    return limits
-
-
-def _model_folder(path: str) -> Path:
-    if Path(path).is_dir():
-        return Path(path)
-    try:
-        return Path(snapshot_download(path, allow_patterns=["*.json", "*.txt", "*.jinja", "*.safetensors"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise ValueError(f"model.path: want a model folder or a name on the hub; got {path!r}: {error}") from None
 
 
 if __name__ == "__main__":
