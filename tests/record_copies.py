@@ -15,9 +15,8 @@ def record(folder: Path) -> None:
     with open("told", "w") as told:
         os.dup2(told.fileno(), 1)
         os.dup2(told.fileno(), 2)
-    assert not any(
-        name.split(".")[0] in ("medground", "medground_kernels", "bench", "profiles") for name in sys.modules
-    )
+    ours = ("medground", "medground_kernels", "bench", "profiles")
+    assert not any(name.split(".")[0] in ours for name in sys.modules)
     sys.path[0:1] = [str(folder), str(folder / ".path")]
     sys.argv[1:] = ["test", "--out", "record", "--steps", "3"]
     runpy.run_module("profiles.record", run_name="__main__", alter_sys=True)
