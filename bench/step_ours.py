@@ -7,6 +7,7 @@ import functools
 import gc
 import shutil
 import time
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from bench.random_model import TEMPLATE
 from bench.step_job import LR, NO_LIMIT, PHASES, SEED, Capture, Job, Seconds, reward
 from medground import train
 from medground.build import build_optimizer, build_policy
-from medground.checkpoint import save_checkpoint
+from medground.checkpoint import Checkpoints
 from medground.config import (
     Config,
     DataConfig,
@@ -27,6 +28,7 @@ from medground.config import (
 )
 from medground.costs import network_of, peak_of, sizes_of, step_operations
 from medground.evaluate import Asker
+from medground.preflight import limits_of
 from medground.prompts import load_processor
 from medground.records import Group, Prompt, Rollout
 from medground.rewards.total import Rewards
@@ -68,7 +70,7 @@ class OurSide:
         self.job, self.ranks, self.config = job, ranks, make_our_config(job)
         config, dtype = self.config, compute_dtype(ranks, self.config.model.precision)
         processor = load_processor(job.model, config.data.min_pixels, config.data.max_pixels)
-        limits = train._limits(config, job.examples, processor, job.model, dtype)
+        limits = limits_of(config, job.examples, processor, job.model, dtype)
         policy = build_policy(job.model, config, ranks)
         self.optimizer = build_optimizer(policy, config)
         whole = WholeCopy(policy, ranks, config.model.precision)
@@ -112,15 +114,21 @@ class OurSide:
         self.groups, self.metrics = groups, totals.means | clock.seconds(totals)
         return {"step": self.metrics["seconds"]} | {phase: self.metrics[f"seconds_{phase}"] for phase in PHASES}
 
-    def save(self, folder: Path) -> float | None:
-        """Seconds of a checkpoint; None where the disk has no room for it."""
+    def save(self, folder: Path) -> dict[str, float | None]:
+        """Seconds that a checkpoint holds the loop up, and until it is written; None where the disk has no room."""
         trained = [weight for weight in self.asker.policy.parameters() if weight.requires_grad]
         needed = _STATE_BYTES * sum(weight.numel() for weight in trained)
         if shutil.disk_usage(folder.parent).free < 1.2 * needed:
-            return None
-        start = time.perf_counter()
-        save_checkpoint(folder, self.steps, self.asker.policy, self.optimizer, self.ranks, keep=1)
-        return time.perf_counter() - start
+            return {"checkpoint_stall_seconds": None, "checkpoint_seconds": None}
+        stalls, wholes = [], []
+        with closing(Checkpoints(folder, self.ranks, keep=1)) as checkpoints:
+            for _ in range(2):  # the first one allocates its memory
+                start = time.perf_counter()
+                checkpoints.save(self.steps, self.asker.policy, self.optimizer, {})
+                stalls.append(time.perf_counter() - start)
+                checkpoints.wait()
+                wholes.append(time.perf_counter() - start)
+        return {"checkpoint_stall_seconds": stalls[-1], "checkpoint_seconds": wholes[-1]}
 
     def compare(self, theirs: Capture) -> float:
         """How far our gradient of their first step is from theirs: root mean square over theirs.

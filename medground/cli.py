@@ -1,5 +1,6 @@
 """The `medground` command: each verb reads its options, then imports what it needs."""
 
+import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -18,6 +19,8 @@ Reinforcement learning that teaches vision-language models to ground medical phr
 commands:
   demo            everything below on phantom films, in about ten minutes on two CPU cores
   data phantom    draw a data set of phantom chest films
+  data prepare SOURCE   turn an original data set into records: ms-cxr, chestxray8, m3d-refseg, coco, vlm-r1, csv
+  data audit DIR  check a data set, and measure what a guess without looking reaches
   base            build the small base model of the demo
   train PRESET    train; under torchrun: torchrun --nproc-per-node N -m medground.train PRESET
   train --config FILE   train with the configuration of an earlier run
@@ -30,8 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit status: 0; 2 where the user made a mistake, which is then named on standard error; 130 when
-        interrupted.
+        The exit status: 0; 2 where the user made a mistake, 1 where a run cannot go on, which is then named on
+        standard error; 130 when interrupted.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
@@ -42,12 +45,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name not in _COMMANDS:
             raise ValueError(f"unknown command {name!r}; known are {', '.join(_COMMANDS)}")
         _COMMANDS[name](words[len(name.split()) :])
-    except ValueError as error:
-        rank = os.environ.get("RANK", "0")
-        known_to_all = type(error).__name__ == "SharedError"  # of medground.sharding, which imports torch
+    except (ValueError, RuntimeError) as error:
+        kind, rank = type(error), os.environ.get("RANK", "0")
+        ours = kind.__module__.startswith("medground")
+        if isinstance(error, RuntimeError) and not ours:
+            raise
+        known_to_all = kind.__name__ in _KNOWN_TO_ALL
         if rank == "0" or not known_to_all:
             print(f"medground: error{'' if rank == '0' else f' on rank {rank}'}: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
         print("medground: interrupted", file=sys.stderr)
         return 130
@@ -91,6 +97,24 @@ def _phantom(words: list[str]) -> None:
     write_phantom(_options(PhantomConfig, "medground data phantom", words))
 
 
+def _prepare(words: list[str]) -> None:
+    if not words or words[0] in ("-h", "--help"):
+        lines = "\n".join(f"  {name}" for name in _SOURCES)
+        print(f"usage: medground data prepare SOURCE [OPTIONS]\n\nsources (SOURCE --help lists the options):\n{lines}")
+        raise SystemExit(0 if words else 2)
+    if words[0] not in _SOURCES:
+        raise ValueError(f"unknown source {words[0]!r}; known are {', '.join(_SOURCES)}")
+    module, options, function = _SOURCES[words[0]]
+    source = importlib.import_module(f"medground.datasets.{module}")
+    getattr(source, function)(_options(getattr(source, options), f"medground data prepare {words[0]}", words[1:]))
+
+
+def _audit(words: list[str]) -> None:
+    from medground.audit.audit import AuditConfig, run_audit
+
+    run_audit(_options(AuditConfig, "medground data audit", words))
+
+
 def _base(words: list[str]) -> None:
     from medground.base_config import BaseConfig
 
@@ -121,9 +145,22 @@ def _options(kind: Any, program: str, words: list[str]) -> Any:
     return tyro.cli(kind, prog=program, args=words)
 
 
+_KNOWN_TO_ALL = ("SharedError", "CheckpointError", "DivergedError")
+"""Errors that every rank has; by name, since their modules import torch."""
+
+_SOURCES = {  # name -> file of medground/datasets, its options, its function
+    "ms-cxr": ("ms_cxr", "MsCxrConfig", "prepare_ms_cxr"),
+    "chestxray8": ("chestxray8", "ChestXray8Config", "prepare_chestxray8"),
+    "m3d-refseg": ("m3d_refseg", "M3dRefSegConfig", "prepare_m3d_refseg"),
+    "coco": ("coco", "CocoConfig", "prepare_coco"),
+    "vlm-r1": ("vlm_r1", "VlmR1Config", "prepare_vlm_r1"),
+    "csv": ("own_csv", "OwnCsvConfig", "prepare_csv"),
+}
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo": _demo,
     "data phantom": _phantom,
+    "data prepare": _prepare,
+    "data audit": _audit,
     "base": _base,
     "train": _train,
     "report": _report,

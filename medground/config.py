@@ -240,6 +240,8 @@ class OptimizerConfig:
     """Decoupled weight decay."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
+    max_skipped: int = 3
+    """Steps in a row that may leave the weights as they are because a gradient is not finite; one more ends the run."""
 
     def __post_init__(self) -> None:
         _want(0 < self.lr < math.inf, "optimizer.lr", "a number > 0", self.lr)
@@ -250,6 +252,7 @@ class OptimizerConfig:
         _want(0 <= self.beta2 < 1, "optimizer.beta2", "0 <= beta2 < 1", self.beta2)
         _want(0 <= self.weight_decay < math.inf, "optimizer.weight_decay", "a number >= 0", self.weight_decay)
         _want(self.max_grad_norm > 0, "optimizer.max_grad_norm", "> 0", self.max_grad_norm)
+        _want(self.max_skipped >= 0, "optimizer.max_skipped", ">= 0", self.max_skipped)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,7 +290,7 @@ class Config:
     out: str
     """Folder of the run; must not hold another run."""
     resume: bool = False
-    """Continue the run in `out` from its newest checkpoint, exactly."""
+    """Continue the run in `out` from its newest checkpoint, exactly; restarts by torchrun or SLURM do by themselves."""
     steps: int = 0
     """Batches of prompts to train on; 0 where epochs are given."""
     epochs: int = 0
@@ -296,6 +299,8 @@ class Config:
     """Seed of the data order, of every sampled token and of new adapters."""
     samples_every: int = 10
     """Steps between the files of sampled completions (samples/); the first and last step always have one."""
+    timeout_minutes: float = 20.0
+    """Longest time in which no rank moves on; then the run ends and says who hangs, and in what."""
     model: ModelConfig
     data: DataConfig
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
@@ -313,6 +318,7 @@ class Config:
         _want(0 <= self.seed < 2**31, "seed", "0 <= seed < 2**31", self.seed)
         _want(self.samples_every >= 1, "samples_every", ">= 1", self.samples_every)
         _want(bool(self.out), "out", "a folder name", self.out)
+        _want(0 < self.timeout_minutes < math.inf, "timeout_minutes", "a number > 0", self.timeout_minutes)
 
     def in_steps(self, records: int) -> "Config":
         """The same with steps in place of epochs, for so many training records; the last step may go past the end."""

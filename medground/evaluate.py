@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from medground.config import Config
 from medground.datasets.images import read_image
+from medground.job.interruption import Interruption
 from medground.policy import Policy
 from medground.prompts import Processor, make_prompt, parse_answer, to_original
 from medground.records import Answer, Example, Group, Prompt
@@ -25,7 +26,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Asker:
-    """A policy with what it takes to ask it: weights to decode with, processor, data folder, wording, limits."""
+    """A policy with what it takes to ask it: weights to decode with, processor, data folder, wording, limits.
+
+    `interruption` may end a roll-out early; whoever asked has to see whether it did (`Interruption.agree`).
+    """
 
     policy: Policy
     whole: WholeCopy
@@ -33,6 +37,12 @@ class Asker:
     processor: Processor
     config: Config
     ranks: Ranks
+    interruption: Interruption = field(default_factory=Interruption)
+
+    def stop(self) -> bool:
+        """Whether a roll-out is to end; says that it moves, too."""
+        self.ranks.progress.tick()
+        return self.interruption.requested is not None
 
     def prompt(self, example: Example, image: str | None = None) -> Prompt:
         """The question about an example, on its own image or on another one of the data folder."""
@@ -51,8 +61,12 @@ def evaluate(asker: Asker, examples: Sequence[Example], *, shuffled: bool = Fals
 
     Returns:
         A prediction per example, in their order, on every rank.
+
+    Raises:
+        InterruptedRun: a signal asked some rank to end.
     """
     ranks = asker.ranks
+    ranks.progress.now("evaluation", f"{len(examples)} records, {title}")
     shown = _other_images(examples) if shuffled else [example.image for example in examples]
     mine = list(zip(examples, shown, strict=True))[ranks.rank :: ranks.size]
     predictions: list[Prediction | None] = [None] * len(mine)
@@ -61,9 +75,11 @@ def evaluate(asker: Asker, examples: Sequence[Example], *, shuffled: bool = Fals
         tqdm(total=len(mine), desc=title, disable=not ranks.is_first, leave=False) as bar,
         closing(_ahead(lambda pair: asker.prompt(*pair), mine)) as prompts,
     ):
-        answers = asker.engine.roll_out(prompts, count=len(mine), copies=1, sampling=Sampling(0.0), bar=bar)
+        sampling = Sampling(0.0)
+        answers = asker.engine.roll_out(prompts, count=len(mine), copies=1, sampling=sampling, bar=bar, stop=asker.stop)
         for number, group in answers:
             predictions[number] = _prediction(group, mine[number][1])
+    asker.interruption.agree(ranks)
     shares = ranks.gather(predictions)
     return [shares[i % ranks.size][i // ranks.size] for i in range(len(examples))]
 

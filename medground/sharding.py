@@ -12,7 +12,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -29,6 +30,8 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, Shard
 
+from medground.job.store import Place, meet
+from medground.job.watch import Progress
 from medground.lora import merged
 
 if TYPE_CHECKING:
@@ -50,12 +53,16 @@ class Ranks:
         size: of the run, in processes.
         device: this process computes on it.
         mesh: [shards], or [replicas, shards] if there are several replicas.
+        progress: what it does, for the others to see.
+        store: where ranks meet; None for one that is alone.
     """
 
     rank: int
     size: int
     device: torch.device
     mesh: DeviceMesh
+    progress: Progress = field(default_factory=Progress)
+    store: Place | None = None
 
     @property
     def is_first(self) -> bool:
@@ -91,6 +98,12 @@ class Ranks:
         values = [None] * self.size
         dist.all_gather_object(values, value)
         return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is True on some rank; the same on every rank."""
+        said = torch.tensor(float(flag))
+        dist.all_reduce(said, dist.ReduceOp.MAX)
+        return bool(said)
 
     def together(self, action: Callable[[], T]) -> T:
         """Run `action` on every rank; where it is a user's mistake on one, it is on all.
@@ -136,20 +149,27 @@ class Ranks:
 
 
 @contextmanager
-def join_ranks() -> Iterator[Ranks]:
-    """Join the ranks that torchrun started; alone where there is no torchrun."""
+def join_ranks(timeout: float = 1800.0) -> Iterator[Ranks]:
+    """Join the ranks that torchrun started; alone where there is no torchrun.
+
+    Args:
+        timeout: seconds that one may wait for the others.
+    """
     cuda = torch.cuda.is_available()
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    rank, size, place = 0, 1, None
+    store: dist.Store = dist.HashStore()
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store, place = meet(rank, size, timeout)
+    wait = timedelta(seconds=timeout)
+    dist.init_process_group(backend, timeout=wait, store=store, rank=rank, world_size=size)
     try:
-        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        yield Ranks(dist.get_rank(), dist.get_world_size(), device, mesh)
+        mesh = init_device_mesh(device.type, (size,))
+        yield Ranks(rank, size, device, mesh, store=place)
     finally:
         dist.destroy_process_group()
 

@@ -12,83 +12,89 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig
 
-from medground.adamw import need_torchao, set_learning_rate
+from medground.adamw import set_learning_rate
 from medground.build import Score, build_optimizer, build_policy, build_reference
-from medground.checkpoint import export_policy, load_checkpoint, save_checkpoint
-from medground.config import Config, differing_fields
+from medground.checkpoint import Checkpoints
+from medground.config import Config
 from medground.costs import network_of, peak_of, sizes_of, step_operations
-from medground.datasets.manifest import load_records, records_hash, select
 from medground.evaluate import Asker, read_answer
-from medground.lora import need_peft
+from medground.export import export_policy
+from medground.job.interruption import InterruptedRun, Interruption
+from medground.job.memory import memory_explained
+from medground.job.watch import watch
 from medground.micro_batches import Load, deal
 from medground.packing import Packed, pack
-from medground.policy import Policy, check_model
-from medground.prompts import Processor, load_processor, prompt_tokens
+from medground.policy import Policy
+from medground.preflight import check_job
 from medground.records import Example, Group, Prompt
 from medground.report.page import write_report
 from medground.rewards.total import score_answers
 from medground.rollout.cache import Sampling
-from medground.rollout.engine import Engine, Limits, plan_cache
-from medground.run_folder import RunFolder, check_folder, environment
-from medground.sharding import Ranks, SharedError, WholeCopy, compute_dtype, join_ranks, reduce_gradients
+from medground.rollout.engine import Engine
+from medground.run_folder import RunFolder, environment, restarted
+from medground.sharding import Ranks, WholeCopy, compute_dtype, join_ranks, reduce_gradients
 from medground.step_metrics import Clock, Totals, sample_rows, step_totals, update_statistics
-from medground.summary import Splits, evaluate_curve, evaluate_test, summarise
+from medground.summary import Splits, evaluate_if_due, summarise
 from medground_kernels.group_advantage import group_advantage
 from medground_kernels.varlen_attention import backend_name
 
 
 def train(config: Config) -> None:
-    """Train, evaluate and export as `config` says.
+    """Train, evaluate and export as `config` says; SIGTERM and SIGUSR1 end it early, its state saved.
 
     Raises:
         ValueError: the configuration, the data, the model or the folder is not usable; raised on
             every rank, before the first step.
+        DivergedError, CheckpointError, OutOfMemory: the run cannot go on; checkpoints are as they were.
     """
-    started = time.perf_counter()
-    with join_ranks() as ranks:
-        splits, data_hash, model_folder, processor, limits = _check(config, ranks)
+    started, timeout = time.perf_counter(), 60 * config.timeout_minutes
+    with (
+        join_ranks(2 * timeout) as ranks,
+        watch(ranks.progress, ranks.store, ranks.rank, ranks.size, timeout),
+        memory_explained(ranks.progress),
+        Interruption() as interruption,
+    ):
+        config = replace(config, resume=config.resume or ranks.any(restarted(config)))
+        splits, data_hash, model_folder, processor, limits = check_job(config, ranks)
         asked, config = config, config.in_steps(len(splits.train))
         ranks = ranks.arranged(config.sharding.replicas)
-        policy = build_policy(model_folder, config, ranks)
-        reference = build_reference(policy, model_folder, config, ranks)
-        optimizer = build_optimizer(policy, config)
-        whole = WholeCopy(policy, ranks, config.model.precision)
-        if config.model.compile:
-            whole.policy.compile_layers()
-        engine = Engine(whole.policy, processor.tokenizer, limits)
-        asker = Asker(policy, whole, engine, processor, config, ranks)
-        if ranks.is_first:
-            half = whole.policy.vlm.dtype != torch.float32
-            print(f"attention: {backend_name(ranks.device if half else 'cpu')}")
+        held = ranks.together(lambda: RunFolder(config) if ranks.is_first else None)
+        checkpoints = Checkpoints(Path(config.out) / "checkpoints", ranks, config.checkpoint.keep)
+        with closing(held) if held else nullcontext() as run, closing(checkpoints):
+            ranks.progress.now("load")
+            policy = build_policy(model_folder, config, ranks)
+            reference = build_reference(policy, model_folder, config, ranks)
+            optimizer = build_optimizer(policy, config)
+            whole = WholeCopy(policy, ranks, config.model.precision)
+            if config.model.compile:
+                whole.policy.compile_layers()
+            engine = Engine(whole.policy, processor.tokenizer, limits)
+            asker = Asker(policy, whole, engine, processor, config, ranks, interruption)
+            if ranks.is_first:
+                half = whole.policy.vlm.dtype != torch.float32
+                print(f"attention: {backend_name(ranks.device if half else 'cpu')}")
 
-        done = load_checkpoint(Path(config.out) / "checkpoints", policy, optimizer) if config.resume else 0
-        facts = environment(ranks.size, config.seed, data_hash, config.model.path)
-        run = RunFolder(asked, facts) if ranks.is_first else None
-        if run:
-            run.start(done)
-        if not done:
-            evaluate_test(asker, splits, run, step=0)
-        _steps(asker, reference, optimizer, splits, run, done)
-        # a run may have been stopped after its last checkpoint, within its last evaluation
-        last_written = Path(config.out) / "eval" / f"step-{config.steps:06d}.curve.json"
-        if done < config.steps or not ranks.gather(last_written.exists())[0]:
-            evaluate_test(asker, splits, run, step=config.steps)
-        export_policy(Path(config.out) / "export", policy, model_folder, ranks, config.model.path)
-        if run:
-            with closing(run):
-                run.write_json("summary.json", summarise(config, splits, run, facts, time.perf_counter() - started))
-            write_report(run.path, Path(config.data.path), run.path / "report.html")
+            done, facts = checkpoints.load(policy, optimizer) if config.resume else (0, {})
+            described = environment(ranks.size, config.seed, data_hash, config.model.path)
+            if run:
+                run.start(asked, described, done)
+            if not _steps(asker, reference, optimizer, splits, run, checkpoints, done, facts):
+                return
+            ranks.progress.now("export")
+            export_policy(Path(config.out) / "export", policy, model_folder, ranks, config.model.path)
+            if run:
+                seconds = time.perf_counter() - started
+                run.write_json("summary.json", summarise(config, splits, run, described, seconds))
+                write_report(run.path, Path(config.data.path), run.path / "report.html")
 
 
 def _steps(
@@ -97,57 +103,99 @@ def _steps(
     optimizer: torch.optim.Optimizer,
     splits: Splits,
     run: RunFolder | None,
+    checkpoints: Checkpoints,
     done: int,
-) -> None:
-    """Every step from `done` on."""
+    facts: dict[str, Any],
+) -> bool:
+    """Every step from `done` on, and the evaluations between them; False where a signal ended it."""
     config, ranks, policy = asker.config, asker.ranks, asker.policy
     batches = _batches(asker, splits.train, done)
-    bar = tqdm(range(done, config.steps), initial=done, total=config.steps, desc="GRPO", disable=not ranks.is_first)
+    bar = tqdm(range(done, config.steps + 1), initial=done, total=config.steps, desc="GRPO", disable=not ranks.is_first)
     network, peak = network_of(policy), peak_of(ranks, compute_dtype(ranks, config.model.precision))
-    saving = 0.0
-    for step in bar:
-        clock = Clock(saving, peak)
-        prompts = next(batches)
-        clock.lap("data")
+    saving, saved, skipped = 0.0, done, facts.get("skipped", 0)
+    try:
+        for step in bar:  # the weights are those after `step` steps
+            asker.interruption.agree(ranks)
+            if ranks.any(checkpoints.failed):
+                checkpoints.wait()
+            evaluate_if_due(asker, splits, run, step)
+            if step == config.steps:
+                break
+            clock = Clock(saving, peak)
+            ranks.progress.now("data", f"step {step + 1}")
+            prompts = next(batches)
+            clock.lap("data")
 
-        groups = _roll_out(asker, prompts, step)
-        clock.lap("prefill", asker.engine.stats.prefill_seconds)
-        clock.lap("decode")
+            groups = _roll_out(asker, prompts, step)
+            clock.lap("prefill", asker.engine.stats.prefill_seconds)
+            clock.lap("decode")
 
-        answers = [[read_answer(r.text, g.prompt) for r in g.rollouts] for g in groups]
-        rewards = score_answers(answers, [g.prompt.example.boxes for g in groups], config.reward)
-        advantages = group_advantage(rewards.total, normalize=config.loss.advantage)  # [B, G]
-        clock.lap("reward")
+            answers = [[read_answer(r.text, g.prompt) for r in g.rollouts] for g in groups]
+            rewards = score_answers(answers, [g.prompt.example.boxes for g in groups], config.reward)
+            advantages = group_advantage(rewards.total, normalize=config.loss.advantage)  # [B, G]
+            clock.lap("reward")
 
-        work = step_operations(network, sizes_of(groups), scorings=_scorings(config), epochs=config.loss.inner_epochs)
-        totals = step_totals(groups, rewards, asker.engine.stats, work, ranks)
-        micro = _micro_batches(policy, groups, advantages, config, ranks)
-        _score(policy, reference, micro, config)
-        clock.lap("score")
+            work = step_operations(
+                network, sizes_of(groups), scorings=_scorings(config), epochs=config.loss.inner_epochs
+            )
+            totals = step_totals(groups, rewards, asker.engine.stats, work, ranks)
+            micro = _micro_batches(policy, groups, advantages, config, ranks)
+            largest = max(micro, key=lambda batch: len(batch.packed.input_ids))
+            ranks.progress.now("score", f"step {step + 1}: {largest.shapes}")
+            _score(policy, reference, micro, config)
+            clock.lap("score")
 
-        updated = _update(policy, optimizer, micro, totals, config, ranks, step, clock)
-        clock.lap("update")
+            updated = _update(policy, optimizer, micro, totals, config, ranks, step, clock)
+            clock.lap("update")
 
-        metrics = {"step": step + 1} | totals.means | updated | clock.seconds(totals)
-        if run:
-            run.log(metrics)
-            bar.set_postfix_str(f"reward {metrics['reward']:.3f}, IoU {metrics['iou']:.3f}")
-        if (step + 1) % config.samples_every == 0 or step in (0, config.steps - 1):
-            shares = ranks.gather(sample_rows(groups, answers, rewards, advantages))
+            metrics = {"step": step + 1} | totals.means | updated | clock.seconds(totals)
             if run:
-                run.write_rows(f"samples/step-{step + 1:06d}.jsonl", (row for share in shares for row in share))
-        if config.evaluation.every and (step + 1) % config.evaluation.every == 0 and step + 1 < config.steps:
-            evaluate_curve(asker, splits, run, step + 1)
-        start = time.perf_counter()
-        if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.steps:
-            folder = Path(config.out) / "checkpoints"
-            save_checkpoint(folder, step + 1, policy, optimizer, ranks, config.checkpoint.keep)
-        saving = time.perf_counter() - start
+                run.log(metrics)
+                bar.set_postfix_str(f"reward {metrics['reward']:.3f}, IoU {metrics['iou']:.3f}")
+            skipped = skipped + 1 if updated["skipped_updates"] else 0
+            kept = ["skipped"] if skipped else []
+            if (step + 1) % config.samples_every == 0 or step in (0, config.steps - 1):
+                kept.append("samples")
+            if kept:
+                shares = ranks.gather(sample_rows(groups, answers, rewards, advantages))
+                rows = [row for share in shares for row in share]
+                for part in kept:
+                    if run:
+                        run.write_rows(f"{part}/step-{step + 1:06d}.jsonl", rows)
+            if skipped > config.optimizer.max_skipped:
+                raise DivergedError(
+                    f"optimizer.max_skipped: gradients were not finite in {skipped} steps in a row, up to step "
+                    f"{step + 1}; {config.out}/skipped has their completions"
+                )
+            start = time.perf_counter()
+            if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.steps:
+                checkpoints.save(step + 1, policy, optimizer, {"skipped": skipped})
+                saved = step + 1
+            saving = time.perf_counter() - start
+        checkpoints.wait()
+    except InterruptedRun as signal:
+        ranks.progress.now("checkpoint", f"step {step}")
+        if step > saved:
+            checkpoints.save(step, policy, optimizer, {"skipped": skipped})
+        checkpoints.wait()
+        if ranks.is_first:
+            print(f"medground: {signal}: ended after {step} of {config.steps} steps; --resume goes on", file=sys.stderr)
+        return False
+    return True
+
+
+class DivergedError(RuntimeError):
+    """Gradients are not finite, again and again; raised on every rank."""
 
 
 def _roll_out(asker: Asker, prompts: Sequence[Prompt], step: int) -> list[Group]:
-    """The completions of this rank's prompts, in their order."""
+    """The completions of this rank's prompts, in their order.
+
+    Raises:
+        InterruptedRun: a signal asked some rank to end.
+    """
     r, first = asker.config.rollout, asker.ranks.is_first
+    asker.ranks.progress.now("rollout", f"step {step + 1}: {len(prompts)} prompts, {r.group_size} completions of each")
     asker.whole.refresh()
     with tqdm(total=len(prompts) * r.group_size, desc="rollout", disable=not first, leave=False) as bar:
         found = asker.engine.roll_out(
@@ -158,8 +206,11 @@ def _roll_out(asker: Asker, prompts: Sequence[Prompt], step: int) -> list[Group]
             seed=asker.config.seed,
             step=step,
             bar=bar,
+            stop=asker.stop,
         )
-        return [group for _, group in sorted(found, key=lambda pair: pair[0])]
+        groups = [group for _, group in sorted(found, key=lambda pair: pair[0])]
+    asker.interruption.agree(asker.ranks)
+    return groups
 
 
 def _batches(asker: Asker, examples: Sequence[Example], first: int) -> Iterator[list[Prompt]]:
@@ -196,6 +247,13 @@ class MicroBatch:
     counts: bool
     old_logp: Tensor | None = None
     ref_logp: Tensor | None = None
+
+    @property
+    def shapes(self) -> str:
+        """What it takes, in words."""
+        tokens, images = len(self.packed.input_ids), len(self.packed.image_grids)
+        S, N = len(self.advantages), len(self.packed.targets)
+        return f"a micro-batch of {tokens} tokens, {images} images, {S} completions of {N} tokens in all"
 
 
 def _micro_batches(
@@ -263,16 +321,17 @@ def _update(
     step: int,
     clock: Clock,
 ) -> dict[str, float]:
-    """`inner_epochs` optimizer steps on this rank's micro-batches."""
+    """`inner_epochs` optimizer steps on this rank's micro-batches; one whose gradient is not finite is left out."""
     options = config.loss.options(
         temperature=config.rollout.temperature, max_completion_length=config.rollout.max_new_tokens
     )
     lr = _learning_rate(config, step)
     set_learning_rate(optimizer, lr)
 
-    stats, losses, norms, gaps = [], [], [], []
+    stats, losses, norms, gaps, skipped = [], [], [], [], 0
     for epoch in range(config.loss.inner_epochs):
         for i, batch in enumerate(micro):
+            ranks.progress.now("update", f"step {step + 1}: {batch.shapes}")
             reduce_gradients(policy, last=i + 1 == len(micro), each=config.sharding.reduce == "each")
             # dapo and cispo are normalised by all tokens already, the others by the sequences of this micro-batch
             share = 1.0 if options.loss_type in ("dapo", "cispo") else len(batch.advantages) / totals.sequences
@@ -293,13 +352,17 @@ def _update(
                 if not epoch:
                     gaps.append(logp - batch.sampled_logp)
         clock.lap("update")
-        limit = config.optimizer.max_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), limit, error_if_nonfinite=True)
+        ranks.progress.now("optimizer", f"step {step + 1}")
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.optimizer.max_grad_norm)
         norms.append(norm.full_tensor())  # type: ignore[attr-defined]  # a DTensor under FSDP2
-        optimizer.step()
+        if norms[-1].isfinite():  # on every rank alike
+            optimizer.step()
+        else:
+            skipped += 1
         optimizer.zero_grad()
         clock.lap("optimizer")
-    return update_statistics(stats, losses, norms, gaps, config.loss.inner_epochs, ranks) | {"lr": lr}
+    statistics = update_statistics(stats, losses, norms, gaps, config.loss.inner_epochs, ranks)
+    return statistics | {"lr": lr, "skipped_updates": skipped}
 
 
 def _learning_rate(config: Config, step: int) -> float:
@@ -325,83 +388,6 @@ def _share(examples: Sequence[Example], config: Config, ranks: Ranks, step: int)
 
 def _order(n: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed + (epoch << 31))).tolist()
-
-
-def _check(config: Config, ranks: Ranks) -> tuple[Splits, str, Path, Processor, Limits]:
-    """Everything a user may have got wrong, before any work: the same answer on every rank."""
-    first, *others = ranks.gather(config)
-    for rank, other in enumerate(others, 1):
-        if differing := differing_fields(first, other):
-            raise SharedError(f"rank {rank} was started with another configuration than rank 0: {'; '.join(differing)}")
-    B = config.rollout.prompts_per_step
-    if B % ranks.size:
-        raise SharedError(f"rollout.prompts_per_step: want a multiple of the {ranks.size} ranks; got {B}")
-
-    def check() -> tuple[Splits, str, Path, Processor, Limits]:
-        ranks.replicas(config.sharding.replicas)
-        records = load_records(config.data.path)
-        data_hash = records_hash(config.data.path)
-        check_folder(config, data_hash)
-        model_folder = _model_folder(config.model.path)
-        check_model(model_folder)
-        if config.model.lora.rank:
-            need_peft()
-        if config.optimizer.kind == "adamw-8bit":
-            need_torchao()
-        processor = load_processor(model_folder, config.data.min_pixels, config.data.max_pixels)
-        names = (config.data.train_split, config.data.curve_split, config.data.test_split)
-        train, curve, test = (select(records, name, config.data.path) for name in names)
-        if not any(example.boxes for example in train):
-            raise ValueError(f"{config.data.path}: want a record with a box in split {names[0]!r}; got none")
-        if len({example.patient for example in test}) < 2:
-            raise ValueError(f"{config.data.path}: want two patients or more in split {names[2]!r} (shuffled images)")
-        splits = Splits(train, curve[: config.evaluation.curve_records], test)
-        examples = [example for split in splits for example in split]
-        limits = _limits(config, examples, processor, model_folder, compute_dtype(ranks, config.model.precision))
-        return splits, data_hash, model_folder, processor, limits
-
-    return ranks.together(check)
-
-
-def _limits(
-    config: Config, examples: Sequence[Example], processor: Processor, model_folder: Path, dtype: torch.dtype
-) -> Limits:
-    """What decoding and training need, once it is certain that every prompt fits with its completions."""
-    tokens = {example.id: prompt_tokens(example, processor, config.prompt.template) for example in examples}
-    wordy, large = max(tokens, key=lambda name: tokens[name][0]), max(tokens, key=lambda name: tokens[name][1])
-    P = tokens[wordy][0] + tokens[large][1]  # evaluation shows a phrase with other records' images as well
-    told = (
-        f"the longest text takes {tokens[wordy][0]} tokens (record {wordy}), "
-        f"the largest image {tokens[large][1]} (record {large})"
-    )
-    text = AutoConfig.from_pretrained(model_folder, trust_remote_code=False).text_config
-    r = config.rollout
-    if P + r.max_new_tokens > text.max_position_embeddings:
-        raise ValueError(
-            f"data.max_pixels, rollout.max_new_tokens: want a prompt and {r.max_new_tokens} new tokens within the "
-            f"model's context of {text.max_position_embeddings} tokens; {told}"
-        )
-    group = P + r.group_size * r.max_new_tokens
-    if group > config.loss.micro_batch_tokens:
-        raise ValueError(
-            f"loss.micro_batch_tokens: want at least {group}, a prompt and {r.group_size} completions of "
-            f"{r.max_new_tokens} tokens; got {config.loss.micro_batch_tokens}; {told}"
-        )
-    limits = Limits(P, r.max_new_tokens, r.max_rows, r.cache_gb * 1e9, r.prefill_tokens)
-    try:
-        plan_cache(text, dtype, limits, prompts=1, copies=1)
-    except ValueError as error:
-        raise ValueError(f"{error}; {told}") from None
-    return limits
-
-
-def _model_folder(path: str) -> Path:
-    if Path(path).is_dir():
-        return Path(path)
-    try:
-        return Path(snapshot_download(path, allow_patterns=["*.json", "*.txt", "*.jinja", "*.safetensors"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise ValueError(f"model.path: want a model folder or a name on the hub; got {path!r}: {error}") from None
 
 
 if __name__ == "__main__":

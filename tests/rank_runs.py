@@ -23,7 +23,7 @@ from uneven_update import LARGEST, all_groups, update
 from bench.loading import peak_growth, write_model
 from medground.adamw import adamw, state_of
 from medground.build import build_optimizer, build_policy, build_reference
-from medground.checkpoint import export_policy, load_checkpoint, save_checkpoint
+from medground.checkpoint import Checkpoints
 from medground.config import (
     Config,
     DataConfig,
@@ -34,6 +34,7 @@ from medground.config import (
     RolloutConfig,
     ShardingConfig,
 )
+from medground.export import export_policy
 from medground.sharding import Ranks, WholeCopy, join_ranks
 from medground.step_metrics import Clock, Totals
 from medground.train import _micro_batches, _score, _update
@@ -126,7 +127,8 @@ def steps_of(run: Run, ranks: Ranks, folder: Path, resume: Path | None = None) -
     optimizer = build_optimizer(policy, config)
     whole = WholeCopy(policy, ranks, config.model.precision)
     whole.refresh()
-    done = load_checkpoint(resume, policy, optimizer) if resume else 0
+    checkpoints = Checkpoints(resume or folder / f"{run.name}-checkpoints", ranks, keep=1)
+    done, _ = checkpoints.load(policy, optimizer) if resume else (0, {})
     totals = Totals(sum(len(r.tokens) for g, _ in items for r in g.rollouts), 4 * len(items), {})
     statistics = []
     for step in range(done, STEPS):
@@ -134,7 +136,9 @@ def steps_of(run: Run, ranks: Ranks, folder: Path, resume: Path | None = None) -
         _score(policy, reference, micro, config)
         statistics.append(_update(policy, optimizer, micro, totals, config, ranks, step, Clock()))
         if step + 1 == SAVED and run in SAVING:
-            save_checkpoint(folder / f"{run.name}-checkpoints", SAVED, policy, optimizer, ranks, keep=1)
+            checkpoints.save(SAVED, policy, optimizer, {})
+    checkpoints.wait()
+    checkpoints.close()
     if run in SAVING:
         export_policy(folder / f"{run.name}-export", policy, model, ranks)
     found = {name: p.full_tensor().detach().clone() for name, p in policy.named_parameters() if p.requires_grad}

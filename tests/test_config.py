@@ -25,6 +25,7 @@ IMPOSSIBLE = {
     "epochs": [1, -1],  # 1: beside steps
     "seed": [-1, 2**31],
     "samples_every": [0],
+    "timeout_minutes": [0.0, -1.0, NAN, math.inf],
     "model.lora.rank": [-1],
     "model.lora.alpha": [0],
     "sharding.replicas": [-1],
@@ -59,6 +60,7 @@ IMPOSSIBLE = {
     "optimizer.beta2": [-0.1, 1.0, NAN],
     "optimizer.weight_decay": [-0.1, NAN],
     "optimizer.max_grad_norm": [0.0, -1.0, NAN],
+    "optimizer.max_skipped": [-1],
     "checkpoint.every": [0],
     "checkpoint.keep": [0],
     "evaluation.every": [-1],

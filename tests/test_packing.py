@@ -11,6 +11,8 @@ from medground.activation_checkpointing import checkpoint_activations
 from medground.packing import pack, pack_prompts
 from medground.records import Group
 
+pytestmark = pytest.mark.slow
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 VLM = small_model().to(DEVICE)
 POLICY = policy_of(VLM).to(DEVICE)

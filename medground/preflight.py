@@ -1,0 +1,125 @@
+"""Everything that can be known before the first step: data, model, memory of the cache, ranks; each mistake by name."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import AutoConfig
+
+from medground.adamw import need_torchao
+from medground.config import Config, differing_fields
+from medground.datasets.manifest import load_records, records_hash, select
+from medground.lora import need_peft
+from medground.policy import check_model
+from medground.prompts import Processor, load_processor, prompt_tokens
+from medground.records import Example
+from medground.rollout.engine import Limits, plan_cache
+from medground.run_folder import check_folder
+from medground.sharding import Ranks, SharedError, compute_dtype
+from medground.summary import Splits
+
+
+class Checked(NamedTuple):
+    """What a run works with.
+
+    Attributes:
+        splits: its records.
+        data_hash: SHA-256 of all of them.
+        model_folder: on this machine.
+        processor: of the model.
+        limits: of decoding.
+    """
+
+    splits: Splits
+    data_hash: str
+    model_folder: Path
+    processor: Processor
+    limits: Limits
+
+
+def check_job(config: Config, ranks: Ranks) -> Checked:
+    """Check everything that a user may have got wrong, before any work.
+
+    Raises:
+        SharedError: something is; the same on every rank.
+    """
+    first, *others = ranks.gather(config)
+    for rank, other in enumerate(others, 1):
+        if differing := differing_fields(first, other):
+            raise SharedError(f"rank {rank} was started with another configuration than rank 0: {'; '.join(differing)}")
+    B = config.rollout.prompts_per_step
+    if B % ranks.size:
+        raise SharedError(f"rollout.prompts_per_step: want a multiple of the {ranks.size} ranks; got {B}")
+
+    def check() -> Checked:
+        ranks.replicas(config.sharding.replicas)
+        records = load_records(config.data.path)
+        data_hash = records_hash(config.data.path)
+        check_folder(config, data_hash)
+        model_folder = _model_folder(config.model.path)
+        check_model(model_folder)
+        if config.model.lora.rank:
+            need_peft()
+        if config.optimizer.kind == "adamw-8bit":
+            need_torchao()
+        processor = load_processor(model_folder, config.data.min_pixels, config.data.max_pixels)
+        names = (config.data.train_split, config.data.curve_split, config.data.test_split)
+        train, curve, test = (select(records, name, config.data.path) for name in names)
+        if not any(example.boxes for example in train):
+            raise ValueError(f"{config.data.path}: want a record with a box in split {names[0]!r}; got none")
+        if len({example.patient for example in test}) < 2:
+            raise ValueError(f"{config.data.path}: want two patients or more in split {names[2]!r} (shuffled images)")
+        splits = Splits(train, curve[: config.evaluation.curve_records], test)
+        examples = [example for split in splits for example in split]
+        limits = limits_of(config, examples, processor, model_folder, compute_dtype(ranks, config.model.precision))
+        return Checked(splits, data_hash, model_folder, processor, limits)
+
+    return ranks.together(check)
+
+
+def limits_of(
+    config: Config, examples: Sequence[Example], processor: Processor, model_folder: Path, dtype: torch.dtype
+) -> Limits:
+    """What decoding and training need, once it is certain that every prompt fits with its completions.
+
+    Raises:
+        ValueError: one does not; names the option, and the records with the longest text and the largest image.
+    """
+    tokens = {example.id: prompt_tokens(example, processor, config.prompt.template) for example in examples}
+    wordy, large = max(tokens, key=lambda name: tokens[name][0]), max(tokens, key=lambda name: tokens[name][1])
+    P = tokens[wordy][0] + tokens[large][1]  # evaluation shows a phrase with other records' images as well
+    told = (
+        f"the longest text takes {tokens[wordy][0]} tokens (record {wordy}), "
+        f"the largest image {tokens[large][1]} (record {large})"
+    )
+    text = AutoConfig.from_pretrained(model_folder, trust_remote_code=False).text_config
+    r = config.rollout
+    if P + r.max_new_tokens > text.max_position_embeddings:
+        raise ValueError(
+            f"data.max_pixels, rollout.max_new_tokens: want a prompt and {r.max_new_tokens} new tokens within the "
+            f"model's context of {text.max_position_embeddings} tokens; {told}"
+        )
+    group = P + r.group_size * r.max_new_tokens
+    if group > config.loss.micro_batch_tokens:
+        raise ValueError(
+            f"loss.micro_batch_tokens: want at least {group}, a prompt and {r.group_size} completions of "
+            f"{r.max_new_tokens} tokens; got {config.loss.micro_batch_tokens}; {told}"
+        )
+    limits = Limits(P, r.max_new_tokens, r.max_rows, r.cache_gb * 1e9, r.prefill_tokens)
+    try:
+        plan_cache(text, dtype, limits, prompts=1, copies=1)
+    except ValueError as error:
+        raise ValueError(f"{error}; {told}") from None
+    return limits
+
+
+def _model_folder(path: str) -> Path:
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        return Path(snapshot_download(path, allow_patterns=["*.json", "*.txt", "*.jinja", "*.safetensors"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise ValueError(f"model.path: want a model folder or a name on the hub; got {path!r}: {error}") from None
