@@ -145,7 +145,7 @@ def _files(folder: Path) -> dict[Path, set[str] | None]:
         places = json.loads(index.read_text())["weight_map"]
         files: dict[Path, set[str] | None] = {}
         for name, file in places.items():
-            if Path(file).name != file or file in (".", "..") or not file.endswith(".safetensors"):
+            if Path(file).name != file or not file.endswith(".safetensors"):
                 raise ValueError(f"{index}: want a .safetensors file of the same folder for {name!r}; got {file!r}")
             files.setdefault(folder / file, set()).add(name)  # type: ignore[union-attr]
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:

@@ -56,7 +56,9 @@ def test_what_is_trained_is_float32(how: str, folder: Path, ranks: Ranks):
     )
     policy, want = build_policy(folder, config, ranks), load_policy(folder)
     assert policy.training and all(isinstance(parameter, DTensor) for parameter in policy.parameters())
+    where = "cpu" if how == "offloaded" else ranks.device.type
     for name, weight in whole(policy).items():
+        assert policy.get_parameter(name).to_local().device.type == where
         assert torch.equal(weight.cpu(), want.get_parameter(name)), name
         frozen = how == "tower frozen" and ".visual." in name
         assert policy.get_parameter(name).requires_grad != frozen

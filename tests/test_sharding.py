@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from stream_cases import made_group, made_prompt, policy_of, small_model
 from torch.distributed.tensor import DTensor
 
 from medground.config import LoraConfig
+from medground.packing import pack
 from medground.policy import empty_policy, load_policy
-from medground.sharding import Ranks, WholeCopy, join_ranks, shard
+from medground.sharding import Ranks, WholeCopy, join_ranks, reduce_gradients, shard
 
 
 def test_a_mistake_on_one_rank_is_raised():
@@ -144,3 +146,20 @@ def test_a_policy_on_meta_stays_there(base_folder: Path):
         policy = shard(empty_policy(base_folder, torch.float32), ranks, "float32")
         assert {p.device.type for p in policy.parameters()} == {"meta"}
         assert all(isinstance(p, DTensor) for p in policy.parameters())
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_gradients_are_summed_when_they_are_to_be(each: bool):
+    """Until then they are whole, and no parameter has one."""
+    with join_ranks() as ranks:
+        policy = shard(policy_of(small_model()), ranks, "float32").train()
+        packed = pack([made_group(made_prompt("a", [4, 6], [(3, 4)]), [3, 1], seed=1)], policy.vlm.config, ranks.device)
+        for last in (False, True):
+            reduce_gradients(policy, last=last, each=each)
+            policy(packed, 1.0).logp.sum().backward()
+            assert all((weight.grad is not None) == (last or each) for weight in policy.parameters())
+        twice = {name: weight.grad.full_tensor() for name, weight in policy.named_parameters()}
+        policy.zero_grad()
+        policy(packed, 1.0).logp.sum().backward()
+        for name, weight in policy.named_parameters():
+            torch.testing.assert_close(twice[name], 2 * weight.grad.full_tensor(), msg=name)
