@@ -28,6 +28,7 @@ from medground.config import (
 )
 from medground.costs import network_of, peak_of, sizes_of, step_operations
 from medground.evaluate import Asker
+from medground.loading import Loader, PromptMaker, Question
 from medground.preflight import limits_of
 from medground.prompts import load_processor
 from medground.records import Group, Prompt, Rollout
@@ -75,7 +76,8 @@ class OurSide:
         self.optimizer = build_optimizer(policy, config)
         whole = WholeCopy(policy, ranks, config.model.precision)
         engine = Engine(whole.policy, processor.tokenizer, limits)
-        self.asker = Asker(policy, whole, engine, processor, config, ranks)
+        make = PromptMaker(Path(config.data.path), processor, config.prompt.template)
+        self.asker = Asker(policy, whole, engine, Loader(make, workers=0, ahead=1), config, ranks)
         self.network, self._peak = network_of(policy), peak_of(ranks, dtype)
         self._roll_out = engine.roll_out
         self.steps = 0
@@ -90,7 +92,7 @@ class OurSide:
             return lengths[prompt.example.id][index]
 
         clock = Clock(peak=self._peak)
-        prompts = [asker.prompt(example) for example in self.job.examples]
+        prompts = [asker.loader.make(Question(example)) for example in self.job.examples]
         clock.lap("data")
         asker.engine.roll_out = functools.partial(self._roll_out, lengths=length)
         groups = train._roll_out(asker, prompts, self.steps)
@@ -136,7 +138,7 @@ class OurSide:
         In an adapter's first step that is the gradient of B, since that of A is zero while B is.
         """
         policy, config = self.asker.policy, self.config
-        prompts = [self.asker.prompt(example) for example in self.job.examples]
+        prompts = [self.asker.loader.make(Question(example)) for example in self.job.examples]
         if not torch.equal(torch.stack([prompt.input_ids for prompt in prompts]), theirs.prompts):
             raise ValueError("want the same prompts on both sides; theirs have other tokens")
         groups = [

@@ -93,11 +93,15 @@ class DataConfig:
     """Smaller images are enlarged to this many pixels."""
     max_pixels: int = 1280 * 28 * 28
     """Larger images are reduced to this many pixels."""
+    workers: int = 0
+    """Processes of each rank that make the next prompts: they read, resize and tokenise; 0 for a thread of the rank.
+    Changes nothing of the prompts."""
 
     def __post_init__(self) -> None:
         _want(bool(self.path), "data.path", "a folder name", self.path)
         in_order = 0 < self.min_pixels <= self.max_pixels
         _want(in_order, "data.min_pixels", "0 < min_pixels <= max_pixels", self.min_pixels)
+        _want(0 <= self.workers <= 64, "data.workers", "0 to 64", self.workers)
 
 
 @dataclass(frozen=True, kw_only=True)

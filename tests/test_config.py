@@ -29,6 +29,7 @@ IMPOSSIBLE = {
     "model.lora.alpha": [0],
     "data.min_pixels": [0, -1, 10**9],  # the last: above max_pixels
     "data.max_pixels": [0, 56 * 56 - 1],
+    "data.workers": [-1, 65],
     "rollout.prompts_per_step": [0],
     "rollout.group_size": [1, 0, -8],
     "rollout.max_new_tokens": [0],
