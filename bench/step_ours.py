@@ -51,7 +51,7 @@ def make_our_config(job: Job) -> Config:
         model=ModelConfig(
             path=str(job.model), activation_checkpointing="full" if work.checkpointing else "none", lora=job.lora
         ),
-        data=DataConfig(path=str(job.data), min_pixels=job.pixels, max_pixels=job.pixels),
+        data=DataConfig(path=(str(job.data),), min_pixels=job.pixels, max_pixels=job.pixels),
         prompt=PromptConfig(template=TEMPLATE),
         rollout=RolloutConfig(prompts_per_step=len(job.examples), group_size=G, max_new_tokens=C),
         loss=LossConfig(loss_type="dapo", beta=0.0, micro_batch_tokens=work.groups_at_once * (P + G * C)),
@@ -76,7 +76,7 @@ class OurSide:
         self.optimizer = build_optimizer(policy, config)
         whole = WholeCopy(policy, ranks, config.model.precision)
         engine = Engine(whole.policy, processor.tokenizer, limits)
-        make = PromptMaker(Path(config.data.path), processor, config.prompt.template)
+        make = PromptMaker(config.data.path, processor, config.prompt.template)
         self.asker = Asker(policy, whole, engine, Loader(make, workers=0, ahead=1), config, ranks)
         self.network, self._peak = network_of(policy), peak_of(ranks, dtype)
         self._roll_out = engine.roll_out

@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from multiprocessing import forkserver, resource_tracker
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from medground.config import Config
 from medground.data_order import DataOrder
+from medground.datasets.folders import image_path
 from medground.datasets.images import read_image
 from medground.datasets.workers import begin_worker
 from medground.prompts import Processor, make_prompt
@@ -58,12 +58,12 @@ class PromptMaker:
     """Question -> Prompt; workers get a copy.
 
     Attributes:
-        folder: that images are relative to.
+        folders: of the data; images are relative to them (`image_path`).
         processor: of the model that is asked.
         template: a key of prompts.TEMPLATES.
     """
 
-    folder: Path
+    folders: tuple[str, ...]
     processor: Processor
     template: str
 
@@ -75,7 +75,7 @@ class PromptMaker:
         """
         example = question.example
         try:
-            image = read_image(self.folder / (question.image or example.image))
+            image = read_image(image_path(self.folders, question.image or example.image))
         except ValueError as error:
             raise ValueError(f"record {example.id}: {error}") from None
         return make_prompt(example, image, self.processor, self.template)
@@ -115,7 +115,7 @@ class Loader:
         self._questions.asked = questions
         if self._processes is None:
             self._processes = self._start()
-        with _shielded():
+        with _shielded(), _nameless():
             self._coming = iter(self._processes)
         atexit.register(self.close)  # workers are deaf to what Python else ends them with
         self._stream += 1
@@ -217,10 +217,7 @@ def _begin(worker: int) -> None:
 
 
 def _start_fork_server() -> None:
-    # a worker runs the main program's module again, under another name: its imports are best made once, too
-    program = getattr(sys.modules["__main__"].__spec__, "name", "__main__")
-    others = [] if program.split(".")[-1] == "__main__" else [program]
-    forkserver.set_forkserver_preload([__name__, *others])
+    forkserver.set_forkserver_preload([__name__])
     with _shielded():
         resource_tracker.ensure_running()  # which unblocks two of the signals
     with _shielded():
@@ -235,3 +232,15 @@ def _shielded() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _nameless() -> Iterator[None]:
+    """Processes started here do not run the main program's module again, of which workers need nothing."""
+    main = sys.modules["__main__"]
+    kept = {name: main.__dict__.pop(name) for name in ("__spec__", "__file__") if name in main.__dict__}
+    main.__spec__ = None
+    try:
+        yield
+    finally:
+        main.__dict__.update(kept)

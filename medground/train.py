@@ -25,7 +25,6 @@ from medground.build import Score, build_optimizer, build_policy, build_referenc
 from medground.checkpoint import Checkpoints
 from medground.config import Config
 from medground.costs import network_of, peak_of, sizes_of, step_operations
-from medground.data_order import DataOrder
 from medground.evaluate import Asker, read_answer
 from medground.export import export_policy
 from medground.job.interruption import InterruptedRun, Interruption
@@ -65,12 +64,12 @@ def train(config: Config) -> None:
         Interruption() as interruption,
     ):
         config = replace(config, resume=config.resume or ranks.any(restarted(config)))
-        splits, data_hash, model_folder, processor, limits = check_job(config, ranks)
+        splits, order, data_hash, model_folder, processor, limits = check_job(config, ranks)
         asked, config = config, config.in_steps(len(splits.train))
         ranks = ranks.arranged(config.sharding.replicas)
         held = ranks.together(lambda: RunFolder(config) if ranks.is_first else None)
         checkpoints = Checkpoints(Path(config.out) / "checkpoints", ranks, config.checkpoint.keep)
-        make = PromptMaker(Path(config.data.path), processor, config.prompt.template)
+        make = PromptMaker(config.data.path, processor, config.prompt.template)
         workers, mine = config.data.workers, config.rollout.prompts_per_step // ranks.size
         with (
             closing(held) if held else nullcontext() as run,
@@ -95,7 +94,7 @@ def train(config: Config) -> None:
             described = environment(ranks.size, config.seed, data_hash, config.model.path)
             if run:
                 run.start(asked, described, done)
-            batches = prompts_of_steps(training, DataOrder(splits.train, config.seed), config, ranks, done)
+            batches = prompts_of_steps(training, order, config, ranks, done)
             if not _steps(asker, batches, reference, optimizer, splits, run, checkpoints, done, facts):
                 return
             ranks.progress.now("export")
@@ -103,7 +102,7 @@ def train(config: Config) -> None:
             if run:
                 seconds = time.perf_counter() - started
                 run.write_json("summary.json", summarise(config, splits, run, described, seconds))
-                write_report(run.path, Path(config.data.path), run.path / "report.html")
+                write_report(run.path, config.data.path, run.path / "report.html")
 
 
 def _steps(

@@ -26,6 +26,7 @@ KERNELS_MAY_IMPORT = {"torch", "triton", "medground_kernels", *sys.stdlib_module
 
 EXCEPTIONS = {
     ("report", "medground.datasets.images"): "the page shows films as the model's loader reads them",
+    ("report", "medground.datasets.folders"): "and finds them where it does",
     ("policy", "medground.lora"): "a policy may have adapters; lora is a leaf: torch, peft and names of weights",
     ("sharding", "medground.lora"): "what decodes has adapters merged",
     ("sharding", "medground.job.store"): "where ranks meet; a leaf",

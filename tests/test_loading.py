@@ -24,7 +24,7 @@ from medground.records import Prompt
 
 @pytest.fixture(scope="module")
 def make(phantoms: Path, base_folder: Path) -> PromptMaker:
-    return PromptMaker(phantoms, load_processor(base_folder, 56 * 56, 112 * 112), "brief")
+    return PromptMaker((str(phantoms),), load_processor(base_folder, 56 * 56, 112 * 112), "brief")
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_another_stream_does_not_end_the_first_in_silence(questions: list[Questi
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_damaged_image_is_named_with_its_record(workers: int, make, questions, two: Loader, tmp_path: Path):
     bad = tmp_path / "bad.png"
-    data = (make.folder / questions[4].example.image).read_bytes()
+    data = (Path(make.folders[0]) / questions[4].example.image).read_bytes()
     bad.write_bytes(data[: len(data) // 2])
     asked = [*questions[:4], replace(questions[4], image=str(bad)), *questions[5:]]
     prompts = (two if workers else Loader(make, workers=0, ahead=5))(asked)
@@ -128,7 +128,7 @@ def test_a_killed_worker_is_told(make: PromptMaker, questions: list[Question], t
 
 
 def test_ranks_and_resumption_change_no_step(make: PromptMaker, phantoms: Path, tiny_job, tmp_path: Path):
-    config, order = tiny_job(tmp_path, steps=6), DataOrder(load_records(phantoms)[:9], seed=5)
+    config, order = tiny_job(tmp_path, steps=6), DataOrder([load_records(phantoms)[:9]], seed=5)
 
     def steps(rank: int, size: int, first: int) -> list[list[str]]:
         load = Loader(make, workers=0, ahead=4)
@@ -149,15 +149,14 @@ from medground.datasets.manifest import load_records
 from medground.loading import Loader, PromptMaker, Question
 from medground.prompts import load_processor
 
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    make = PromptMaker(folder, load_processor(Path(sys.argv[2]), 3136, 12544), "brief")
-    load = Loader(make, workers=2, ahead=4)
-    prompts = load(map(Question, load_records(folder)))
-    next(prompts)
-    pids = [forkserver._forkserver._forkserver_pid, *(p.pid for p in multiprocessing.active_children())]
-    print(*pids, flush=True)
-    os.kill(os.getpid(), signal.SIGKILL)
+folder = Path(sys.argv[1])
+make = PromptMaker((str(folder),), load_processor(Path(sys.argv[2]), 3136, 12544), "brief")
+load = Loader(make, workers=2, ahead=4)
+prompts = load(map(Question, load_records(folder)))
+next(prompts)
+pids = [forkserver._forkserver._forkserver_pid, *(p.pid for p in multiprocessing.active_children())]
+print(*pids, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
