@@ -78,6 +78,26 @@ class ShardingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """How far the images of training may be changed, under which phrase and boxes stay true (docs/data/loading.md)."""
+
+    flip: float = 0.0
+    """Share of the prompts whose image is mirrored, left and right swapped in the phrase, where that is safe."""
+    shift: float = 0.0
+    """Largest shift, as a fraction of width and height."""
+    scale: float = 0.0
+    """Largest change of size: 0.1 for 0.9 to 1.1."""
+    intensity: float = 0.0
+    """Largest change of contrast and of brightness: 0.1 for 0.9 to 1.1 each."""
+
+    def __post_init__(self) -> None:
+        _want(0 <= self.flip <= 1, "data.augment.flip", "0 <= flip <= 1", self.flip)
+        for name in ("shift", "scale", "intensity"):
+            value = getattr(self, name)
+            _want(0 <= value <= 0.3, f"data.augment.{name}", f"0 <= {name} <= 0.3 (small changes)", value)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The records to train and evaluate on (docs/data/records.md)."""
 
@@ -98,6 +118,7 @@ class DataConfig:
     workers: int = 0
     """Processes of each rank that make the next prompts: they read, resize and tokenise; 0 for a thread of the rank.
     Changes nothing of the prompts."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
         named = isinstance(self.path, tuple) and bool(self.path) and all(self.path)

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from multiprocessing import forkserver, resource_tracker
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from medground.config import Config
+from medground.augmentation import augment
+from medground.config import AugmentConfig, Config
 from medground.data_order import DataOrder
 from medground.datasets.folders import image_path
 from medground.datasets.images import read_image
@@ -47,10 +48,12 @@ class Question:
     Attributes:
         example: the record.
         image: to show in place of its own one; "" for its own.
+        position: in the training order, for what is trained on; -1 for what is not, and never augmented.
     """
 
     example: Example
     image: str = ""
+    position: int = -1
 
 
 @dataclass(frozen=True)
@@ -61,11 +64,15 @@ class PromptMaker:
         folders: of the data; images are relative to them (`image_path`).
         processor: of the model that is asked.
         template: a key of prompts.TEMPLATES.
+        augment: of what is trained on.
+        seed: of the run.
     """
 
     folders: tuple[str, ...]
     processor: Processor
     template: str
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    seed: int = 0
 
     def __call__(self, question: Question) -> Prompt:
         """Read the image and ask.
@@ -78,6 +85,8 @@ class PromptMaker:
             image = read_image(image_path(self.folders, question.image or example.image))
         except ValueError as error:
             raise ValueError(f"record {example.id}: {error}") from None
+        if question.position >= 0 and self.augment != AugmentConfig():
+            example, image = augment(example, image, self.augment, self.seed, question.position)
         return make_prompt(example, image, self.processor, self.template)
 
 
@@ -166,7 +175,7 @@ def prompts_of_steps(
     B = config.rollout.prompts_per_step
     mine = B // ranks.size
     starts = (step * B + ranks.rank * mine for step in range(first, config.steps))
-    prompts = load(Question(order[start + i]) for start in starts for i in range(mine))
+    prompts = load(Question(order[p], position=p) for start in starts for p in range(start, start + mine))
     return (list(islice(prompts, mine)) for _ in range(first, config.steps))
 
 
@@ -238,9 +247,10 @@ def _shielded() -> Iterator[None]:
 def _nameless() -> Iterator[None]:
     """Processes started here do not run the main program's module again, of which workers need nothing."""
     main = sys.modules["__main__"]
-    kept = {name: main.__dict__.pop(name) for name in ("__spec__", "__file__") if name in main.__dict__}
+    names: tuple[str, ...] = ("__spec__", "__file__")
+    kept = {name: vars(main).pop(name) for name in names if name in vars(main)}
     main.__spec__ = None
     try:
         yield
     finally:
-        main.__dict__.update(kept)
+        vars(main).update(kept)

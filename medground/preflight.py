@@ -1,6 +1,7 @@
 """Everything that can be known before the first step: data, model, memory of the cache, ranks; each mistake by name."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import AutoConfig
 
 from medground.adamw import need_torchao
+from medground.augmentation import swap_sides
 from medground.config import Config, differing_fields
 from medground.data_order import DataOrder
 from medground.datasets.folders import folders_hash, load_folders
@@ -73,6 +75,9 @@ def check_job(config: Config, ranks: Ranks) -> Checked:
         processor = load_processor(model_folder, config.data.min_pixels, config.data.max_pixels)
         splits, order = _splits(parts, config)
         examples = [example for split in splits for example in split]
+        if config.data.augment.flip:  # the swapped word may take more tokens
+            swapped = ((example, swap_sides(example.phrase)) for example in splits.train)
+            examples += [replace(e, id=f"{e.id}, mirrored", phrase=phrase) for e, phrase in swapped if phrase]
         limits = limits_of(config, examples, processor, model_folder, compute_dtype(ranks, config.model.precision))
         return Checked(splits, order, data_hash, model_folder, processor, limits)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from medground.adamw import set_learning_rate
+from medground.augmentation import never_mirrored
 from medground.build import Score, build_optimizer, build_policy, build_reference
 from medground.checkpoint import Checkpoints
 from medground.config import Config
@@ -69,7 +70,7 @@ def train(config: Config) -> None:
         ranks = ranks.arranged(config.sharding.replicas)
         held = ranks.together(lambda: RunFolder(config) if ranks.is_first else None)
         checkpoints = Checkpoints(Path(config.out) / "checkpoints", ranks, config.checkpoint.keep)
-        make = PromptMaker(config.data.path, processor, config.prompt.template)
+        make = PromptMaker(config.data.path, processor, config.prompt.template, config.data.augment, config.seed)
         workers, mine = config.data.workers, config.rollout.prompts_per_step // ranks.size
         with (
             closing(held) if held else nullcontext() as run,
@@ -92,6 +93,8 @@ def train(config: Config) -> None:
 
             done, facts = checkpoints.load(policy, optimizer) if config.resume else (0, {})
             described = environment(ranks.size, config.seed, data_hash, config.model.path)
+            if config.data.augment.flip:
+                described["records_never_mirrored"] = never_mirrored(splits.train)
             if run:
                 run.start(asked, described, done)
             batches = prompts_of_steps(training, order, config, ranks, done)

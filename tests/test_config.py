@@ -30,6 +30,10 @@ IMPOSSIBLE = {
     "data.min_pixels": [0, -1, 10**9],  # the last: above max_pixels
     "data.max_pixels": [0, 56 * 56 - 1],
     "data.workers": [-1, 65],
+    "data.augment.flip": [-0.1, 1.1, NAN],
+    "data.augment.shift": [-0.1, 0.31, NAN],
+    "data.augment.scale": [-0.1, 0.31, NAN],
+    "data.augment.intensity": [-0.1, 0.31, NAN],
     "data.path": [(), ("",), ("d", ""), "d"],
     "data.weights": [(1.0, 1.0), (0.0,), (-1.0,), (NAN,), (math.inf,)],
     "rollout.prompts_per_step": [0],

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from medground.config import AugmentConfig
 from medground.data_order import DataOrder
 from medground.datasets.manifest import load_records
 from medground.loading import Loader, PromptMaker, Question, WorkerDiedError, prompts_of_steps
@@ -139,6 +140,20 @@ def test_ranks_and_resumption_change_no_step(make: PromptMaker, phantoms: Path, 
     assert [name for step in whole for name in step] == [order[p].id for p in range(24)]
     assert [a + b for a, b in zip(steps(0, 2, 0), steps(1, 2, 0), strict=True)] == whole
     assert steps(0, 1, 4) == whole[4:] and steps(0, 1, 6) == []
+
+
+def test_only_what_is_trained_on_is_augmented(
+    make: PromptMaker, questions: list[Question], two: Loader, tmp_path: Path
+):
+    some = replace(make, augment=AugmentConfig(flip=0.5, shift=0.1, intensity=0.1), seed=3)
+    plain, trained = questions[0], [replace(questions[0], position=p) for p in range(6)]
+    assert_same([some(plain)], [make(plain)])
+    found = [some(question) for question in trained]
+    assert len({prompt.image_keys for prompt in found}) == 6, "each position has a change of its own"
+    assert {p.example.id for p in found} == {plain.example.id} and len({p.example.boxes for p in found}) > 3
+    with closing(Loader(some, workers=1, ahead=2)) as loader:
+        assert_same(list(loader(trained)), found)
+    assert_same([make(question) for question in trained], [make(plain)] * 6)
 
 
 KILLED = """
