@@ -24,7 +24,7 @@ commands:
   base            build the small base model of the demo
   train PRESET    train; under torchrun: torchrun --nproc-per-node N -m medground.train PRESET
   train --config FILE   train with the configuration of an earlier run
-  report RUN DATA       write the page of a run again
+  report RUN DATA...    write the page of a run again
 
 medground COMMAND --help lists the options of a command."""
 
@@ -131,13 +131,13 @@ def _demo(words: list[str]) -> None:
 
 
 def _report(words: list[str]) -> None:
-    if len(words) != 2 or words[0] in ("-h", "--help"):
-        print("usage: medground report RUN DATA\n\nWrites RUN/report.html; DATA is the folder of the run's records.")
+    if len(words) < 2 or words[0] in ("-h", "--help"):
+        print("usage: medground report RUN DATA...\n\nWrites RUN/report.html; DATA: the folders of its records.")
         raise SystemExit(0 if words[:1] in (["-h"], ["--help"]) else 2)
     from medground.report.page import write_report
 
     run = Path(words[0])
-    write_report(run, Path(words[1]), run / "report.html")
+    write_report(run, words[1:], run / "report.html")
     print(run / "report.html")
 
 

@@ -78,11 +78,33 @@ class ShardingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """How far the images of training may be changed, under which phrase and boxes stay true (docs/data/loading.md)."""
+
+    flip: float = 0.0
+    """Share of the prompts whose image is mirrored, left and right swapped in the phrase, where that is safe."""
+    shift: float = 0.0
+    """Largest shift, as a fraction of width and height."""
+    scale: float = 0.0
+    """Largest change of size: 0.1 for 0.9 to 1.1."""
+    intensity: float = 0.0
+    """Largest change of contrast and of brightness: 0.1 for 0.9 to 1.1 each."""
+
+    def __post_init__(self) -> None:
+        _want(0 <= self.flip <= 1, "data.augment.flip", "0 <= flip <= 1", self.flip)
+        for name in ("shift", "scale", "intensity"):
+            value = getattr(self, name)
+            _want(0 <= value <= 0.3, f"data.augment.{name}", f"0 <= {name} <= 0.3 (small changes)", value)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The records to train and evaluate on (docs/data/records.md)."""
 
-    path: str
-    """Folder that holds records.jsonl."""
+    path: tuple[str, ...]
+    """Folder that holds records.jsonl; several are one data set, to which each adds its splits."""
+    weights: tuple[float, ...] = ()
+    """Of each folder, its share of the prompts that are trained on, over the sum; without any, records count alike."""
     train_split: str = "train"
     """Split that is trained on."""
     curve_split: str = "val"
@@ -93,11 +115,21 @@ class DataConfig:
     """Smaller images are enlarged to this many pixels."""
     max_pixels: int = 1280 * 28 * 28
     """Larger images are reduced to this many pixels."""
+    workers: int = 0
+    """Processes of each rank that make the next prompts: they read, resize and tokenise; 0 for a thread of the rank.
+    Changes nothing of the prompts."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
-        _want(bool(self.path), "data.path", "a folder name", self.path)
+        named = isinstance(self.path, tuple) and bool(self.path) and all(self.path)
+        _want(named, "data.path", "the name of a folder, or of several", self.path)
+        fitting = not self.weights or len(self.weights) == len(self.path)
+        _want(fitting, "data.weights", f"as many as folders, {len(self.path)}, or none", self.weights)
+        usable = all(0 <= weight < math.inf for weight in self.weights) and (not self.weights or any(self.weights))
+        _want(usable, "data.weights", "numbers >= 0, one of them > 0", self.weights)
         in_order = 0 < self.min_pixels <= self.max_pixels
         _want(in_order, "data.min_pixels", "0 < min_pixels <= max_pixels", self.min_pixels)
+        _want(0 <= self.workers <= 64, "data.workers", "0 to 64", self.workers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,7 +326,7 @@ class Config:
     steps: int = 0
     """Batches of prompts to train on; 0 where epochs are given."""
     epochs: int = 0
-    """Times that every training record is asked about; in place of steps."""
+    """Times that every training record is asked about, in place of steps; with data.weights, as many prompts."""
     seed: int = 0
     """Seed of the data order, of every sampled token and of new adapters."""
     samples_every: int = 10
@@ -387,6 +419,9 @@ def _value(hint: Any, value: Any, name: str) -> Any:
     if typing.get_origin(hint) is Literal:
         _want(value in typing.get_args(hint), name, f"one of {', '.join(typing.get_args(hint))}", value)
         return value
+    if typing.get_origin(hint) is tuple:
+        items = value if isinstance(value, list) else [value]  # one alone may stand without brackets
+        return tuple(_value(typing.get_args(hint)[0], item, name) for item in items)
     if type(None) in typing.get_args(hint):  # a number or null
         if value is None:
             return None

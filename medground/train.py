@@ -11,7 +11,6 @@ micro-batch.
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from medground.adamw import set_learning_rate
+from medground.augmentation import never_mirrored
 from medground.build import Score, build_optimizer, build_policy, build_reference
 from medground.checkpoint import Checkpoints
 from medground.config import Config
@@ -31,11 +31,12 @@ from medground.export import export_policy
 from medground.job.interruption import InterruptedRun, Interruption
 from medground.job.memory import memory_explained
 from medground.job.watch import watch
+from medground.loading import Loader, PromptMaker, prompts_of_steps
 from medground.micro_batches import Load, deal
 from medground.packing import Packed, pack
 from medground.policy import Policy
 from medground.preflight import check_job
-from medground.records import Example, Group, Prompt
+from medground.records import Group, Prompt
 from medground.report.page import write_report
 from medground.rewards.total import score_answers
 from medground.rollout.cache import Sampling
@@ -64,12 +65,19 @@ def train(config: Config) -> None:
         Interruption() as interruption,
     ):
         config = replace(config, resume=config.resume or ranks.any(restarted(config)))
-        splits, data_hash, model_folder, processor, limits = check_job(config, ranks)
+        splits, order, data_hash, model_folder, processor, limits = check_job(config, ranks)
         asked, config = config, config.in_steps(len(splits.train))
         ranks = ranks.arranged(config.sharding.replicas)
         held = ranks.together(lambda: RunFolder(config) if ranks.is_first else None)
         checkpoints = Checkpoints(Path(config.out) / "checkpoints", ranks, config.checkpoint.keep)
-        with closing(held) if held else nullcontext() as run, closing(checkpoints):
+        make = PromptMaker(config.data.path, processor, config.prompt.template, config.data.augment, config.seed)
+        workers, mine = config.data.workers, config.rollout.prompts_per_step // ranks.size
+        with (
+            closing(held) if held else nullcontext() as run,
+            closing(checkpoints),
+            closing(Loader(make, workers=workers, ahead=mine)) as training,
+            closing(Loader(make, workers=workers, ahead=8)) as loader,
+        ):
             ranks.progress.now("load")
             policy = build_policy(model_folder, config, ranks)
             reference = build_reference(policy, model_folder, config, ranks)
@@ -78,27 +86,31 @@ def train(config: Config) -> None:
             if config.model.compile:
                 whole.policy.compile_layers()
             engine = Engine(whole.policy, processor.tokenizer, limits)
-            asker = Asker(policy, whole, engine, processor, config, ranks, interruption)
+            asker = Asker(policy, whole, engine, loader, config, ranks, interruption)
             if ranks.is_first:
                 half = whole.policy.vlm.dtype != torch.float32
                 print(f"attention: {backend_name(ranks.device if half else 'cpu')}")
 
             done, facts = checkpoints.load(policy, optimizer) if config.resume else (0, {})
             described = environment(ranks.size, config.seed, data_hash, config.model.path)
+            if config.data.augment.flip:
+                described["records_never_mirrored"] = never_mirrored(splits.train)
             if run:
                 run.start(asked, described, done)
-            if not _steps(asker, reference, optimizer, splits, run, checkpoints, done, facts):
+            batches = prompts_of_steps(training, order, config, ranks, done)
+            if not _steps(asker, batches, reference, optimizer, splits, run, checkpoints, done, facts):
                 return
             ranks.progress.now("export")
             export_policy(Path(config.out) / "export", policy, model_folder, ranks, config.model.path)
             if run:
                 seconds = time.perf_counter() - started
                 run.write_json("summary.json", summarise(config, splits, run, described, seconds))
-                write_report(run.path, Path(config.data.path), run.path / "report.html")
+                write_report(run.path, config.data.path, run.path / "report.html")
 
 
 def _steps(
     asker: Asker,
+    batches: Iterator[list[Prompt]],
     reference: Score | None,
     optimizer: torch.optim.Optimizer,
     splits: Splits,
@@ -109,7 +121,6 @@ def _steps(
 ) -> bool:
     """Every step from `done` on, and the evaluations between them; False where a signal ended it."""
     config, ranks, policy = asker.config, asker.ranks, asker.policy
-    batches = _batches(asker, splits.train, done)
     bar = tqdm(range(done, config.steps + 1), initial=done, total=config.steps, desc="GRPO", disable=not ranks.is_first)
     network, peak = network_of(policy), peak_of(ranks, compute_dtype(ranks, config.model.precision))
     saving, saved, skipped = 0.0, done, facts.get("skipped", 0)
@@ -211,21 +222,6 @@ def _roll_out(asker: Asker, prompts: Sequence[Prompt], step: int) -> list[Group]
         groups = [group for _, group in sorted(found, key=lambda pair: pair[0])]
     asker.interruption.agree(asker.ranks)
     return groups
-
-
-def _batches(asker: Asker, examples: Sequence[Example], first: int) -> Iterator[list[Prompt]]:
-    """This rank's prompts of each step from `first` on; the next step's are made while one runs."""
-
-    def prompts_of(step: int) -> list[Prompt]:
-        return [asker.prompt(example) for example in _share(examples, asker.config, asker.ranks, step)]
-
-    with ThreadPoolExecutor(1) as maker:
-        waiting = maker.submit(prompts_of, first)
-        for step in range(first, asker.config.steps):
-            prompts = waiting.result()
-            if step + 1 < asker.config.steps:
-                waiting = maker.submit(prompts_of, step + 1)
-            yield prompts
 
 
 @dataclass
@@ -371,23 +367,6 @@ def _learning_rate(config: Config, step: int) -> float:
         return o.lr * (step + 1) / o.warmup_steps
     left = (config.steps - 1 - step) / max(config.steps - 1 - o.warmup_steps, 1)
     return o.lr * (o.final_lr_fraction + (1 - o.final_lr_fraction) * left)
-
-
-def _share(examples: Sequence[Example], config: Config, ranks: Ranks, step: int) -> list[Example]:
-    """This rank's prompts of a step: a slice of an endless stream of shuffled epochs, no record left out.
-
-    Where an epoch ends within a step, a record may stand twice in it, and draws the same completions twice.
-    """
-    B, n = config.rollout.prompts_per_step, len(examples)
-    mine = B // ranks.size
-    first = step * B + ranks.rank * mine
-    positions = range(first, first + mine)
-    orders = {epoch: _order(n, config.seed, epoch) for epoch in {p // n for p in positions}}
-    return [examples[orders[p // n][p % n]] for p in positions]
-
-
-def _order(n: int, seed: int, epoch: int) -> list[int]:
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed + (epoch << 31))).tolist()
 
 
 if __name__ == "__main__":
