@@ -22,6 +22,7 @@ commands:
   data prepare SOURCE   turn an original data set into records: ms-cxr, chestxray8, m3d-refseg, coco, vlm-r1, csv
   data audit DIR  check a data set, and measure what a guess without looking reaches
   base            build the small base model of the demo
+  prompt          print what the model is asked, for a template, a phrase, an image
   train PRESET    train; under torchrun: torchrun --nproc-per-node N -m medground.train PRESET
   train --config FILE   train with the configuration of an earlier run
   report RUN DATA       write the page of a run again
@@ -124,6 +125,12 @@ def _base(words: list[str]) -> None:
     build_base(config)
 
 
+def _prompt(words: list[str]) -> None:
+    from medground.show_prompt import ShowPromptConfig, show_prompt
+
+    show_prompt(_options(ShowPromptConfig, "medground prompt", words))
+
+
 def _demo(words: list[str]) -> None:
     from medground.demo import DemoConfig, run_demo
 
@@ -162,6 +169,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "data prepare": _prepare,
     "data audit": _audit,
     "base": _base,
+    "prompt": _prompt,
     "train": _train,
     "report": _report,
 }

@@ -100,12 +100,16 @@ class DataConfig:
         _want(in_order, "data.min_pixels", "0 < min_pixels <= max_pixels", self.min_pixels)
 
 
+Template = Literal["brief", "plain", "patient-side", "chain-of-box"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class PromptConfig:
     """How the model is asked."""
 
-    template: Literal["brief", "plain", "patient-side"] = "patient-side"
-    """Wording of the question; brief is for small models, plain is MedGround-R1's."""
+    template: Template = "patient-side"
+    """Wording of the question; brief is for small models, plain is MedGround-R1's, patient-side says whose left and
+    right are meant, chain-of-box also asks for a box after every region named while thinking."""
 
 
 @dataclass(frozen=True, kw_only=True)
