@@ -16,7 +16,7 @@ TREES = {"medground": "medground", "kernels": "medground_kernels", "bench": "ben
 PROGRAMS = ("cli", "train", "demo", "__main__")
 """Rooms of medground/ that may import everything, and that nothing but a program may import."""
 
-WIRED = ("evaluate", "preflight", "summary", "predict", "base_model", "audit", "show_prompt")
+WIRED = ("evaluate", "preflight", "summary", "predict", "base_model", "audit", "show_prompt", "encoder_tools")
 """Rooms that put stages together: they may import every stage and each other; a stage may not import them."""
 
 SHARED = ("medground.config", "medground.records", "medground.packing", "medground_kernels")
