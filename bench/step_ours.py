@@ -99,7 +99,7 @@ class OurSide:
         clock.lap("prefill", asker.engine.stats.prefill_seconds)
         clock.lap("decode")
         total = torch.tensor([[reward(r.text) for r in g.rollouts] for g in groups])
-        rewards = Rewards(total, *(torch.zeros_like(total) for _ in range(3)))
+        rewards = Rewards(total, {}, {}, torch.zeros_like(total))
         advantages = group_advantage(total, normalize=config.loss.advantage)
         clock.lap("reward")
         work = step_operations(self.network, sizes_of(groups), scorings=train._scorings(config))

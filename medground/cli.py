@@ -22,6 +22,9 @@ commands:
   data prepare SOURCE   turn an original data set into records: ms-cxr, chestxray8, m3d-refseg, coco, vlm-r1, csv
   data audit DIR  check a data set, and measure what a guess without looking reaches
   base            build the small base model of the demo
+  prompt          print what the model is asked, for a template, a phrase, an image
+  encoders check NAME   see whether an encoder knows true crops from others, for the semantic reward
+  encoders build  train the small encoder for phantom films
   train PRESET    train; under torchrun: torchrun --nproc-per-node N -m medground.train PRESET
   train --config FILE   train with the configuration of an earlier run
   report RUN DATA...    write the page of a run again
@@ -40,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(_HELP)
         return 0 if words else 2
-    name = " ".join(words[:2]) if words[0] == "data" else words[0]
+    name = " ".join(words[:2]) if words[0] in ("data", "encoders") else words[0]
     try:
         if name not in _COMMANDS:
             raise ValueError(f"unknown command {name!r}; known are {', '.join(_COMMANDS)}")
@@ -124,6 +127,29 @@ def _base(words: list[str]) -> None:
     build_base(config)
 
 
+def _prompt(words: list[str]) -> None:
+    from medground.show_prompt import ShowPromptConfig, show_prompt
+
+    show_prompt(_options(ShowPromptConfig, "medground prompt", words))
+
+
+def _check_encoder(words: list[str]) -> None:
+    from medground.encoder_tools import CheckConfig, check_encoder
+
+    program = "medground encoders check NAME"
+    if not words or words[0].startswith("-"):
+        if words not in (["-h"], ["--help"]):
+            raise ValueError("encoders check: want the encoder's name first, as in --reward.encoder; got none")
+        _options(CheckConfig, program, words)
+    check_encoder(words[0], _options(CheckConfig, program, words[1:]))
+
+
+def _build_encoder(words: list[str]) -> None:
+    from medground.encoder_tools import BuildConfig, build_encoder
+
+    build_encoder(_options(BuildConfig, "medground encoders build", words))
+
+
 def _demo(words: list[str]) -> None:
     from medground.demo import DemoConfig, run_demo
 
@@ -162,6 +188,9 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "data prepare": _prepare,
     "data audit": _audit,
     "base": _base,
+    "prompt": _prompt,
+    "encoders check": _check_encoder,
+    "encoders build": _build_encoder,
     "train": _train,
     "report": _report,
 }

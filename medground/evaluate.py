@@ -2,15 +2,16 @@
 
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tqdm import tqdm
 
+from medground.answers import parse_answer
 from medground.config import Config
 from medground.job.interruption import Interruption
 from medground.loading import Loader, Question
 from medground.policy import Policy
-from medground.prompts import parse_answer, to_original
+from medground.prompts import to_original
 from medground.records import Answer, Example, Group, Prompt
 from medground.rollout.cache import Sampling
 from medground.rollout.engine import Engine
@@ -76,9 +77,9 @@ def evaluate(asker: Asker, examples: Sequence[Example], *, shuffled: bool = Fals
 def read_answer(text: str, prompt: Prompt) -> Answer:
     """A completion's answer, its boxes in original pixels."""
     answer = parse_answer(text)
-    if answer.boxes is None:
-        return answer
-    return Answer(tuple(to_original(box, prompt) for box in answer.boxes), answer.well_formed)
+    boxes = None if answer.boxes is None else tuple(to_original(box, prompt) for box in answer.boxes)
+    thoughts = tuple(to_original(box, prompt) for box in answer.thought_boxes)
+    return replace(answer, boxes=boxes, thought_boxes=thoughts)
 
 
 def _prediction(group: Group, image: str) -> Prediction:

@@ -21,6 +21,8 @@ from medground.lora import need_peft
 from medground.policy import check_model
 from medground.prompts import Processor, load_processor, prompt_tokens
 from medground.records import Example
+from medground.rewards.custom import load_custom
+from medground.rewards.encoders import load_encoder
 from medground.rollout.engine import Limits, plan_cache
 from medground.run_folder import check_folder
 from medground.sharding import Ranks, SharedError, compute_dtype
@@ -70,6 +72,10 @@ def check_job(config: Config, ranks: Ranks) -> Checked:
         check_model(model_folder)
         if config.model.lora.rank:
             need_peft()
+        if config.reward.custom:
+            load_custom(config.reward.custom)
+        if config.reward.semantic_weight:
+            load_encoder(config.reward.encoder)  # to see whether it can be: seconds, once
         if config.optimizer.kind == "adamw-8bit":
             need_torchao()
         processor = load_processor(model_folder, config.data.min_pixels, config.data.max_pixels)

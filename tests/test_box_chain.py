@@ -13,11 +13,12 @@ from made_up_originals import edges, paint, rows_of
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from medground.answers import parse_answer, render_answer
 from medground.datasets.films import scaled, shown_size
 from medground.datasets.images import read_image
 from medground.datasets.manifest import load_records
 from medground.datasets.own_csv import OwnCsvConfig, prepare_csv
-from medground.prompts import load_processor, make_prompt, parse_answer, render_answer, to_original, to_processed
+from medground.prompts import load_processor, make_prompt, to_original, to_processed
 from medground.records import Example, Prompt
 
 SIZES = [

@@ -17,7 +17,7 @@ from medground.presets import PRESETS
     "words",
     [["--help"], ["train", "--help"], ["train", "demo", "--help"], ["data", "phantom", "--help"], ["base", "--help"]]
     + [["demo", "--help"], ["report", "--help"], ["data", "prepare", "ms-cxr", "--help"]]
-    + [["data", "audit", "--help"]],
+    + [["data", "audit", "--help"], ["prompt", "--help"], ["encoders", "check", "--help"]],
 )
 def test_help_needs_no_torch(words: list[str]):
     # torch takes seconds to import; help must come at once

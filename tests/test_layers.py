@@ -16,7 +16,10 @@ TREES = {"medground": "medground", "kernels": "medground_kernels", "bench": "ben
 PROGRAMS = ("cli", "train", "demo", "__main__")
 """Rooms of medground/ that may import everything, and that nothing but a program may import."""
 
-WIRED = ("build", "evaluate", "preflight", "loading", "summary", "predict", "base_model", "audit")
+WIRED = (
+    "build", "evaluate", "preflight", "loading", "summary", "predict", "base_model", "audit", "show_prompt",
+    "encoder_tools",
+)  # fmt: skip
 """Rooms that put stages together: they may import every stage and each other; a stage may not import them."""
 
 SHARED = ("medground.config", "medground.records", "medground.packing", "medground_kernels")
