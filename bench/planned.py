@@ -4,9 +4,14 @@
 
 Each case is a small model, but not so small that the process around it would blur the figures. What is predicted comes
 from the planner's dry run for the device `cpu`. What is measured is the same step, truly run by as many processes as
-there are ranks: a CPU's allocator keeps no statistics, so it is the highest resident size of a process
-(VmHWM of /proc, reset as each phase begins) less its size before anything was loaded, of the rank that reached most.
-malloc is told to take each large block from the system and to give it back at once. Within 10 % is the bar.
+there are ranks, twice, of the rank that reached most:
+
+    live      bytes of torch's CPU allocator, from the profiler's record of every allocation and release
+    resident  highest resident size of the process (VmHWM of /proc, reset as each phase begins) less its size after a
+              step of a tiny model, which loads what libraries keep; malloc is told to take each large block from the
+              system and to give it back at once
+
+Within 10 % of the resident size, over all phases but loading, is the bar.
 """
 
 from __future__ import annotations
@@ -14,14 +19,15 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import itertools
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +35,7 @@ import torch
 
 from bench.bars import Bar
 from bench.packed import write
-from bench.random_model import ARCHITECTURES, SIZES, make_config, make_processor, make_vlm, save_processor
+from bench.random_model import ARCHITECTURES, SIZES, make_config, make_processor, make_vlm
 from bench.table import device_name, environment
 from medground.config import (
     Config,
@@ -42,10 +48,10 @@ from medground.config import (
     save_config,
 )
 from medground.plan.dry_run import dry_run
-from medground.plan.rehearsal import Job, Rehearsal
+from medground.plan.rehearsal import Job, Meter, Rehearsal
 from medground.plan.shapes import Architecture, model_config
 from medground.plan.workload import longest_prompt
-from medground.sharding import join_ranks
+from medground.sharding import Ranks, join_ranks
 
 ARCHITECTURES["planned"] = Architecture(512, 8, 8, 2, 1536, 8192, False, 4, 256, 4, 512, (1, 3), 0.02)
 WITHIN = 0.10
@@ -78,7 +84,10 @@ def make_case(case: Case, model: Path) -> Config:
         out="unused",
         steps=10,
         model=ModelConfig(
-            path=str(model), gradient_checkpointing=case.checkpointing, lora=LoraConfig(rank=case.lora), precision="float32"
+            path=str(model),
+            gradient_checkpointing=case.checkpointing,
+            lora=LoraConfig(rank=case.lora),
+            precision="float32",
         ),
         data=DataConfig(path="unused", min_pixels=1, max_pixels=196 * 784),
         rollout=RolloutConfig(
@@ -135,44 +144,85 @@ def _status(name: str) -> int:
     raise AssertionError(name)
 
 
+class LiveBytes:
+    """Most bytes of torch's CPU allocator in each phase."""
+
+    def __init__(self) -> None:
+        self.peaks: dict[str, int] = {}
+        self._held, self._phase, self._profile = 0, "", None
+
+    def begin(self, phase: str) -> None:
+        self.end()
+        self._phase = phase
+        self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+        self._profile.__enter__()
+
+    def end(self) -> None:
+        if not self._phase:
+            return
+        self._profile.__exit__(None, None, None)
+        events = [e for e in self._profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+        held = list(
+            itertools.accumulate((e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), initial=self._held)
+        )
+        self.peaks[self._phase] = max(max(held), self.peaks.get(self._phase, 0))
+        self._held, self._phase = held[-1], ""
+
+    @contextmanager
+    def label(self, name: str) -> Iterator[None]:
+        yield
+
+
+class Nobody:
+    """Watches nothing."""
+
+    def begin(self, phase: str) -> None: ...
+
+    def end(self) -> None: ...
+
+    @contextmanager
+    def label(self, name: str) -> Iterator[None]:
+        yield
+
+
+METERS = {"live": LiveBytes, "resident": ResidentSize}
+
+
 def predict(config: Config, ranks: int) -> dict[str, int]:
     """Bytes by phase."""
     found, _ = dry_run(make_job(config), config, ranks, cuda=False)
     return {phase: peak.total for phase, peak in found.peaks.items()}
 
 
-def run_rank(config_file: Path, out: Path) -> None:
+def run_rank(meter: str, config_file: Path, warm_up_file: Path, out: Path) -> None:
     """A rank's part of the true step; torchrun's variables say which."""
     torch.set_num_threads(1)
-    config = load_config(config_file)
+    config, small = load_config(config_file), load_config(warm_up_file)
     with join_ranks() as ranks:
-        _warm_up()
-        meter = ResidentSize()
-        step = Rehearsal(make_job(config), config, Path(config.model.path), ranks, meter)
-        step.roll_out()
-        step.update()
-        shares = ranks.gather(meter.peaks)
+        run_step(small, ranks, Nobody())
+        watching = METERS[meter]()
+        run_step(config, ranks, watching)
+        shares = ranks.gather(watching.peaks)
     if ranks.is_first:
-        highest = {phase: max(share[phase] for share in shares) for phase in meter.peaks}
-        out.write_text(json.dumps(highest))
+        out.write_text(json.dumps({phase: max(share[phase] for share in shares) for phase in watching.peaks}))
 
 
-def _warm_up() -> None:
-    """What libraries keep for themselves, once they have been used."""
-    layer = torch.nn.Sequential(torch.nn.Linear(512, 512), torch.nn.SiLU(), torch.nn.Linear(512, 512))
-    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
-    layer(torch.randn(512, 512)).sum().backward()
-    optimizer.step()
+def run_step(config: Config, ranks: Ranks, meter: Meter) -> None:
+    step = Rehearsal(make_job(config), config, Path(config.model.path), ranks, meter)
+    step.roll_out()
+    step.update()
 
 
-def measure(config: Config, ranks: int, folder: Path) -> dict[str, int]:
+def measure(meter: str, case: Case, folder: Path) -> dict[str, int]:
     """Bytes by phase of the rank that reached most, from processes of their own."""
-    save_config(config, folder / "config.json")
+    for name in ("model", "small"):
+        save_config(make_case(case, folder / name), folder / f"{name}.json")
     out = folder / "peaks.json"
-    words = [sys.executable, "-m", "bench.planned", "--rank", str(folder / "config.json"), str(out)]
-    shared = os.environ | _MALLOC | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
-    shared |= {"MASTER_PORT": str(_free_port()), "TORCHELASTIC_RUN_ID": "planned"}
-    running = [subprocess.Popen(words, env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(ranks)]
+    files = (str(folder / name) for name in ("model.json", "small.json", "peaks.json"))
+    words = [sys.executable, "-m", "bench.planned", "--rank", meter, *files]
+    shared = os.environ | _MALLOC | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(case.ranks)}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "TORCHELASTIC_RUN_ID": "planned"}
+    running = [subprocess.Popen(words, env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(case.ranks)]
     failed = [process.wait() for process in running]
     if any(failed):
         raise RuntimeError(f"a rank failed: {failed}")
@@ -180,8 +230,6 @@ def measure(config: Config, ranks: int, folder: Path) -> dict[str, int]:
 
 
 def _free_port() -> int:
-    import socket
-
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         return listening.getsockname()[1]
@@ -189,29 +237,34 @@ def _free_port() -> int:
 
 def compare(names: Sequence[str], folder: Path) -> dict[str, Any]:
     """Everything, as JSON has it."""
-    make_model(folder / "model")
+    make_model(folder / "model", "planned")
+    make_model(folder / "small", "tiny")
     rows = {}
     for name in names:
         case = CASES[name]
-        config = make_case(case, folder / "model")
-        predicted, measured = predict(config, case.ranks), measure(config, case.ranks, folder)
-        rows[name] = {"case": case._asdict(), "predicted": predicted, "measured": measured}
-        rows[name]["ratio"] = max(predicted[p] for p in PHASES) / max(measured[p] for p in PHASES)
-    bars = [
-        asdict(Bar(name, f"within {WITHIN:.0%}", f"{row['ratio']:.3f}", abs(row["ratio"] - 1) <= WITHIN))
-        for name, row in rows.items()
-    ]
+        row: dict[str, Any] = {
+            "case": case._asdict(),
+            "predicted": predict(make_case(case, folder / "model"), case.ranks),
+        }
+        row |= {meter: measure(meter, case, folder) for meter in METERS}
+        peaks = {which: max(row[which][phase] for phase in PHASES) for which in ("predicted", *METERS)}
+        rows[name] = row | {"over": {meter: peaks["predicted"] / peaks[meter] for meter in METERS}}
+    bars = []
+    for name, row in rows.items():
+        ratio = row["over"]["resident"]
+        bars.append(Bar(name, f"within {WITHIN:.0%}", f"{ratio:.3f}", abs(ratio - 1) <= WITHIN).plain())
     return {"rows": rows, "bars": bars, "environment": environment() | {"on": "cpu"}}
 
 
 def render(result: dict[str, Any]) -> str:
     """The result as Markdown."""
-    head = ["configuration", *(f"{phase}: predicted / measured, MB" for phase in PHASES), "peak, predicted / measured"]
-    lines = [f"Peak memory of a rank beyond an empty process; {device_name()}.", ""]
+    head = ["configuration", *PHASES, "predicted over live", "over resident"]
+    lines = [f"Peak of a rank by phase: predicted / live / resident, MB; {device_name()}.", ""]
     lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, row in result["rows"].items():
-        cells = [f"{row['predicted'][p] / 1e6:.0f} / {row['measured'][p] / 1e6:.0f}" for p in PHASES]
-        lines.append("| " + " | ".join([name, *cells, f"{row['ratio']:.3f}"]) + " |")
+        cells = [" / ".join(f"{row[which][p] / 1e6:.0f}" for which in ("predicted", *METERS)) for p in PHASES]
+        cells += [f"{row['over'][meter]:.3f}" for meter in METERS]
+        lines.append("| " + " | ".join([name, *cells]) + " |")
     return "\n".join(lines)
 
 
@@ -220,10 +273,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Planned peak memory beside the measured one, on a CPU.")
     parser.add_argument("--cases", nargs="*", choices=tuple(CASES), default=tuple(CASES), metavar="NAME")
     parser.add_argument("--json", type=Path, default=None, metavar="FILE")
-    parser.add_argument("--rank", type=Path, nargs=2, default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--rank", nargs=4, default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rank:
-        run_rank(*args.rank)
+        run_rank(args.rank[0], *map(Path, args.rank[1:]))
         return
     with tempfile.TemporaryDirectory() as name:
         result = compare(args.cases, Path(name))

@@ -26,9 +26,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from medground.config import Config
-from medground.costs import Network
 from medground.plan.pretend import pretend
-from medground.plan.rehearsal import Job, Rehearsal, nothing_there
+from medground.plan.rehearsal import Facts, Job, Rehearsal, nothing_there
 from medground.plan.tracker import Peak, Tracker
 
 _CUDA_GRAIN = 512  # bytes that torch's caching allocator rounds up to
@@ -38,44 +37,32 @@ Tries = Callable[["DryRun", dict[int, Peak]], int | None]
 """From what a step took, and what updates took since then, the next `loss.micro_batch_tokens` to try."""
 
 
-class Traffic(NamedTuple):
-    """What a rank's collectives give out: bytes of whole tensors, and calls, by kind of collective."""
-
-    gathered: int
-    reduced: int
-    gathers: int
-    reductions: int
-
-
 class DryRun(NamedTuple):
     """What a dry run found.
 
     Attributes:
-        peaks: by phase: load, rollout, score, update, optimizer, evaluation.
-        network: what decides the operations.
-        trained: weights that are trained, over all ranks.
+        peaks: by phase: load, evaluation, rollout, score, update, optimizer.
+        facts: what seconds depend on.
         micro_batches: of its update.
-        traffic: by phase.
+        moved: bytes of whole tensors that collectives gave out, by phase and kind of collective.
     """
 
     peaks: dict[str, Peak]
-    network: Network
-    trained: int
+    facts: Facts
     micro_batches: int
-    traffic: dict[str, Traffic]
+    moved: dict[tuple[str, str], int]
 
     @property
-    def highest(self) -> tuple[str, Peak]:
-        """The phase that takes most, and what it takes."""
-        return max(self.peaks.items(), key=lambda pair: pair[1].total)
+    def highest(self) -> Peak:
+        """Of all phases."""
+        return max(self.peaks.values(), key=lambda peak: peak.total)
 
 
 def with_precision(config: Config, cuda: bool) -> Config:
     """What `auto` comes to on the device in question."""
     if config.model.precision != "auto":
         return config
-    precision = "bfloat16" if cuda else "float32"
-    return replace(config, model=replace(config.model, precision=precision))
+    return replace(config, model=replace(config.model, precision="bfloat16" if cuda else "float32"))
 
 
 def dry_run(
@@ -111,7 +98,7 @@ def dry_run(
         step.roll_out()
         tell("update")
         count = step.update()
-        found = DryRun(dict(tracker.peaks), step.network, step.trained, count, _traffic(tracker))
+        found = DryRun(dict(tracker.peaks), step.facts, count, dict(tracker.moved))
         tried: dict[int, Peak] = {}
         while budget := tries(found, tried):
             tell(f"micro-batches of {budget} tokens")
@@ -121,20 +108,3 @@ def dry_run(
         del step
         gc.collect()
     return found, tried
-
-
-def _traffic(tracker: Tracker) -> dict[str, Traffic]:
-    phases = {phase for phase, _ in tracker.moved}
-
-    def total(counts: dict[tuple[str, str], int], phase: str, kind: str) -> int:
-        return sum(n for (of, name), n in counts.items() if of == phase and kind in name)
-
-    return {
-        phase: Traffic(
-            total(tracker.moved, phase, "allgather"),
-            total(tracker.moved, phase, "reduce_scatter"),
-            total(tracker.calls, phase, "allgather"),
-            total(tracker.calls, phase, "reduce_scatter"),
-        )
-        for phase in phases
-    }

@@ -18,7 +18,7 @@ import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
@@ -82,6 +82,7 @@ def _device() -> Iterator[Any]:
     yield patch.object(FSDPParamGroup, "_validate_no_meta_params", lambda group: None)
     adam = importlib.import_module("torch.optim.adam")  # torch.optim hides it
     yield patch.object(adam, "_device_dtype_check_for_fused", lambda *args, **kwargs: None)
+    yield patch.object(torch, "_fused_adamw_", _nothing)  # works in place; DTensor takes seconds to find that out
     yield patch.object(nn.Module, "compile", lambda *args, **kwargs: None)
 
 
@@ -89,7 +90,7 @@ def _answers() -> Iterator[Any]:
     asked = Tensor.__bool__
     yield patch.object(Tensor, "__bool__", lambda tensor: False if tensor.is_meta else asked(tensor))
     # a selection by a mask takes all: the most that it could be
-    yield shape_config.patch(meta_nonzero_assume_all_nonzero=True)
+    yield cast(Any, shape_config).patch(meta_nonzero_assume_all_nonzero=True)
 
 
 def _cuda() -> Iterator[Any]:

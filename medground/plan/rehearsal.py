@@ -22,11 +22,12 @@ from medground import train
 from medground.config import Config
 from medground.costs import Network, network_of
 from medground.packing import pack_prompts
+from medground.plan.floors import Model, model_of
 from medground.plan.tracker import Tracker
 from medground.plan.workload import PromptSize, largest_micro_batch, made_groups, made_prompts
 from medground.policy import Policy
 from medground.records import Prompt
-from medground.rollout.cache import Cache, Sampling
+from medground.rollout.cache import Cache, Sampling, Shape
 from medground.rollout.decoder import Decoder
 from medground.rollout.engine import Limits, plan_cache
 from medground.sharding import Ranks, WholeCopy, shard
@@ -53,6 +54,26 @@ class Job(NamedTuple):
 
     prompt: PromptSize
     model: Qwen2_5_VLConfig
+
+
+class Facts(NamedTuple):
+    """What seconds depend on.
+
+    Attributes:
+        network: what decides the operations.
+        model: what else the floors need, for one rank alone.
+        units: of FSDP2.
+        gathered: bytes of all weights in the dtype in which they are gathered.
+        gathered_again: of those that a backward pass gathers, the root unit and a frozen vision tower left out.
+        reduced: bytes of all gradients, float32.
+    """
+
+    network: Network
+    model: Model
+    units: int
+    gathered: int
+    gathered_again: int
+    reduced: int
 
 
 class Rehearsal:
@@ -95,14 +116,21 @@ class Rehearsal:
         return [weight for weight in self.policy.parameters() if weight.requires_grad]
 
     @property
-    def network(self) -> Network:
-        """What decides the operations."""
-        return network_of(self.policy)
-
-    @property
-    def trained(self) -> int:
-        """Weights that are trained, over all ranks."""
-        return sum(weight.numel() for weight in self._trained())
+    def facts(self) -> Facts:
+        """What seconds depend on."""
+        text, visual = self.policy.vlm.model.language_model, self.policy.vlm.model.visual
+        weights = self._whole.policy.vlm.lm_head.weight
+        network = network_of(self.policy)
+        again = sum(weight.numel() for weight in text.layers.parameters())
+        again += network.vision_trained * sum(weight.numel() for weight in visual.blocks.parameters())
+        return Facts(
+            network=network,
+            model=model_of(self.policy, weights.itemsize, network),
+            units=len(text.layers) + len(visual.blocks) + 1,
+            gathered=weights.itemsize * sum(weight.numel() for weight in self.policy.parameters()),
+            gathered_again=weights.itemsize * again,
+            reduced=4 * sum(weight.numel() for weight in self._trained()),
+        )
 
     def evaluate(self) -> None:
         """Draw with a cache as full as `rollout.cache_gb` lets it be."""
@@ -115,18 +143,17 @@ class Rehearsal:
 
     def _sample(self, phase: str, count: int, copies: int) -> None:
         """Refresh the weights, run as many of `count` prompts as are run at once, and draw two tokens of each row."""
-        meter, policy, r, prompt = self._meter, self._whole.policy, self._config.rollout, self._job.prompt
-        limits = Limits(prompt.tokens, r.max_new_tokens, r.max_rows, r.cache_gb * 1e9, r.prefill_tokens)
-        weight = policy.vlm.lm_head.weight
+        meter, policy, prompt = self._meter, self._whole.policy, self._job.prompt
         meter.begin(phase)
-        self._whole.refresh()
-        shape = plan_cache(policy.vlm.config.text_config, weight.dtype, limits, prompts=count, copies=copies)
+        with meter.label("rollout"):
+            self._whole.refresh()
+        shape = cache_shape(self._job, self._config, policy.vlm.lm_head.weight.dtype, count, copies)
         self._cache = None  # frees its memory first
         with torch.inference_mode():
             with meter.label("cache"):
                 self._cache = Cache(policy, self._decoder, shape, [0])
             with meter.label("rollout"):
-                at_once = min(max(r.prefill_tokens // prompt.tokens, 1), shape.berths)
+                at_once = min(max(self._config.rollout.prefill_tokens // prompt.tokens, 1), shape.berths)
                 self._draw(self._cache, made_prompts(prompt, self._job.model, at_once), copies)
         meter.end()
 
@@ -160,19 +187,30 @@ class Rehearsal:
             advantages = torch.ones(len(groups), config.rollout.group_size)
             micro = [
                 made
-                for _ in range(batch.count)
+                for _ in range(batch.number)
                 for made in train._micro_batches(self.policy, groups, advantages, config, ranks)
             ]
-        assert len(micro) == batch.count, (len(micro), batch)
+        assert len(micro) == batch.number, (len(micro), batch)
         with meter.label("score"):
             train._score(self.policy, self._reference, micro, config)
-        sequences = batch.count * ranks.size * len(groups) * config.rollout.group_size
-        totals = Totals(batch.count * ranks.size * sum(map(sum, batch.lengths)), sequences, {})
+        sequences = batch.number * ranks.size * len(groups) * config.rollout.group_size
+        totals = Totals(batch.number * ranks.size * sum(map(sum, batch.lengths)), sequences, {})
         meter.begin("update")
         with meter.label("backward"):
             train._update(self.policy, self._optimizer, micro, totals, config, ranks, 0, cast(Clock, _Laps(meter)))
         meter.end()
-        return batch.count
+        return batch.number
+
+
+def cache_shape(job: Job, config: Config, dtype: torch.dtype, prompts: int, copies: int) -> Shape:
+    """Of the cache that so many prompts of a rank are decoded with.
+
+    Raises:
+        ValueError: `rollout.cache_gb` does not suffice for one row.
+    """
+    r = config.rollout
+    limits = Limits(job.prompt.tokens, r.max_new_tokens, r.max_rows, r.cache_gb * 1e9, r.prefill_tokens)
+    return plan_cache(job.model.text_config, dtype, limits, prompts=prompts, copies=copies)
 
 
 class _Laps:

@@ -51,7 +51,6 @@ class Tracker(TorchDispatchMode):
         live: bytes by label.
         peaks: of each phase by name; of one that came again, the higher.
         moved: bytes that collectives gave out, by (phase, operation).
-        calls: of collectives, by the same.
     """
 
     def __init__(self, grain: int = 1):
@@ -64,7 +63,6 @@ class Tracker(TorchDispatchMode):
         self.live: Counter[str] = Counter()
         self.peaks: dict[str, Peak] = {}
         self.moved: Counter[tuple[str, str]] = Counter()
-        self.calls: Counter[tuple[str, str]] = Counter()
         self._grain, self._total, self._top = grain, 0, Peak(0, {})
         self._labels, self._phase = ["other"], ""
         self._held = WeakIdKeyDictionary()
@@ -236,9 +234,7 @@ class Tracker(TorchDispatchMode):
 
     def _count_collective(self, func: Any, args: Any) -> None:
         whole = max((t.nbytes for t in tree_iter(args) if isinstance(t, Tensor)), default=0)
-        key = self._phase, func._schema.name.removeprefix("c10d::")
-        self.moved[key] += whole
-        self.calls[key] += 1
+        self.moved[self._phase, func._schema.name.removeprefix("c10d::")] += whole
 
 
 def _shape(value: Any) -> Any:

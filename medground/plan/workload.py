@@ -34,17 +34,17 @@ class PromptSize(NamedTuple):
 
 
 class MicroBatch(NamedTuple):
-    """The largest micro-batch that `loss.micro_batch_tokens` allows, and how many of a rank's there may be.
+    """The largest micro-batch that `loss.micro_batch_tokens` allows, and how many a rank may have.
 
     Attributes:
         lengths: of each group the tokens of its completions.
         tokens: of all, prompts included.
-        count: 2 where a rank's groups may need more than one; more take no more memory than two.
+        number: 2 where a rank's groups may need more than one; more take no more memory than two.
     """
 
     lengths: list[list[int]]
     tokens: int
-    count: int
+    number: int
 
 
 def longest_prompt(config: Config, text_tokens: int | None = None) -> PromptSize:
