@@ -19,7 +19,6 @@ Each phase's peak comes with what it is made of:
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -105,6 +104,4 @@ def dry_run(
             tracker.peaks.clear()
             step.update(budget)
             tried[budget] = max(tracker.peaks.values(), key=lambda peak: peak.total)
-        del step
-        gc.collect()
     return found, tried

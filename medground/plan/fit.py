@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import NamedTuple
+
+import torch
 
 from medground.config import Config, LoraConfig
 from medground.plan.dry_run import DryRun, dry_run
@@ -12,6 +16,7 @@ from medground.plan.gpus import Gpu
 from medground.plan.rehearsal import Job
 from medground.plan.tracker import Peak
 from medground.plan.workload import group_tokens, rank_tokens
+from medground.rollout.cache import bytes_per_token
 
 SLACK = 0.04
 """Assumed: what the allocator loses to fragments, of the live bytes."""
@@ -62,8 +67,8 @@ class Search:
 
     Attributes:
         whole: tokens of all of a rank's groups.
-        best: what was found; None where not even one group fits.
-        peaks: of all that is known.
+        best: what was found; None where not even one group fits. Loading and rollout may need more all the same.
+        peaks: of scoring and updating, by all numbers of tokens that are known.
     """
 
     def __init__(self, config: Config, job: Job, ranks: int, room: Room):
@@ -75,8 +80,6 @@ class Search:
 
     def __call__(self, found: DryRun, tried: Mapping[int, Peak]) -> int | None:
         """The next number of tokens to try; None when the search is over."""
-        if not all(self._room.fits(peak) for name, peak in found.peaks.items() if name not in _OF_UPDATE):
-            return None
         of_update = max((found.peaks[name] for name in _OF_UPDATE), key=lambda peak: peak.total)
         self.peaks = {min(self._given, self.whole): of_update, **tried}
         if self.whole not in self.peaks:
@@ -108,7 +111,7 @@ _MANY_TRIES = 8
 
 
 class Lever(NamedTuple):
-    """An option to change, the bytes of the GPU that are then needed, and whether a dry run found them."""
+    """Options to change, the bytes of the GPU that are then needed, and whether a dry run found them."""
 
     option: str
     needed: float
@@ -127,39 +130,50 @@ def scaled(peaks: Mapping[str, Peak], ranks: int, others: int) -> int:
 def levers(
     job: Job, config: Config, ranks: int, room: Room, found: DryRun, search: Search, tell: Callable[[str], None]
 ) -> list[Lever]:
-    """What would lower the peak, each change by itself."""
-    rows = []
+    """What would lower the peak: each change by itself, and those together that change no result."""
+    rows: list[Lever] = []
 
     def add(option: str, live: int, run: bool) -> None:
         if live < _WORTH_IT * found.highest.total:
             rows.append(Lever(option, room.needed(live), room.fits(live), run))
 
-    others = max(peak.total for name, peak in found.peaks.items() if name not in _OF_UPDATE)
+    def run(option: str, changed: Config) -> None:
+        tell(option)
+        add(option, dry_run(job, changed, ranks, cuda=room.context > 0)[0].highest.total, True)
+
+    other = max(peak.total for name, peak in found.peaks.items() if name not in _OF_UPDATE)
     for tokens, peak in sorted(search.peaks.items()):
         if tokens != config.loss.micro_batch_tokens:
-            note = ", all groups of a rank at once" if tokens == search.whole else ""
-            add(f"--loss.micro-batch-tokens {tokens}{note}", max(peak.total, others), True)
-    for option, changed in _changes(config):
-        tell(option)
-        run, _ = dry_run(job, changed, ranks, cuda=room.context > 0)
-        add(option, run.highest.total, True)
-    if config.rollout.cache_gb > 1:
-        most = config.rollout.cache_gb / 2
-        less = [peak.total - max(peak.parts.get("cache", 0) - int(most * 1e9), 0) for peak in found.peaks.values()]
-        add(f"--rollout.cache-gb {most:g}", max(less), False)
-    if config.loss.beta and any(peak.parts.get("reference") for peak in found.peaks.values()):
+            add(f"--loss.micro-batch-tokens {tokens}", max(peak.total, other), True)
+    smaller = _with_cache(config, job)
+    cache = smaller.rollout.cache_gb
+    less = [peak.total - max(peak.parts.get("cache", 0) - int(cache * 1e9), 0) for peak in found.peaks.values()]
+    add(f"--rollout.cache-gb {cache:g}", max(less), False)
+    recompute = not config.model.gradient_checkpointing
+    if recompute:
+        run("--model.gradient-checkpointing", _checkpointed(config))
+    tokens = min(search.peaks, key=lambda tokens: search.peaks[tokens].total)
+    together = f"--loss.micro-batch-tokens {tokens} --rollout.cache-gb {cache:g}"
+    together += " --model.gradient-checkpointing" * recompute
+    run(together, _checkpointed(replace(smaller, loss=replace(config.loss, micro_batch_tokens=tokens))))
+    if config.loss.beta:
         less = [peak.total - peak.parts.get("reference", 0) for peak in found.peaks.values()]
-        add("--loss.beta 0, no reference", max(less), False)
+        add("--loss.beta 0 (no reference)", max(less), False)
+    if not config.model.lora.rank and find_spec("peft"):  # without it they are no choice
+        adapters = replace(config, model=replace(config.model, lora=_ADAPTERS))
+        run(f"--model.lora.rank {_ADAPTERS.rank} (adapters alone)", adapters)
     if config.rollout.prompts_per_step % (2 * ranks) == 0:
         add(f"--gpus {2 * ranks}", scaled(found.peaks, ranks, 2 * ranks), False)
     return sorted(rows, key=lambda lever: lever.needed)
 
 
-def _changes(config: Config) -> list[tuple[str, Config]]:
-    """Options that a dry run has to be made for."""
-    model, changes = config.model, []
-    if not model.gradient_checkpointing:
-        changes.append(("--model.gradient-checkpointing", replace(model, gradient_checkpointing=True)))
-    if not model.lora.rank:
-        changes.append((f"--model.lora.rank {_ADAPTERS.rank}, adapters alone", replace(model, lora=_ADAPTERS)))
-    return [(option, replace(config, model=changed)) for option, changed in changes]
+def _with_cache(config: Config, job: Job) -> Config:
+    """A fourth of `rollout.cache_gb`, but enough for one row."""
+    dtype = getattr(torch, config.model.precision)
+    row = bytes_per_token(job.model.text_config, dtype) * (job.prompt.tokens + config.rollout.max_new_tokens)
+    cache = max(config.rollout.cache_gb / 4, math.ceil(row / 1e6) / 1e3)
+    return replace(config, rollout=replace(config.rollout, cache_gb=min(cache, config.rollout.cache_gb)))
+
+
+def _checkpointed(config: Config) -> Config:
+    return replace(config, model=replace(config.model, gradient_checkpointing=True))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from medground.config import Config
+from medground.lora import need_peft
 from medground.plan.dry_run import DryRun, dry_run, with_precision
 from medground.plan.efficiency import PHASES, Share, efficiencies
 from medground.plan.fit import Room, Search, levers, room_of, scaled
@@ -51,6 +52,8 @@ def make_plan(config: Config, asked: Asked, tell: Callable[[str], None] = lambda
     model = model_config(config.model.path)
     prompt = longest_prompt(config, asked.text_tokens)
     check_sizes(config, prompt, asked.gpus, model.text_config.max_position_embeddings)
+    if config.model.lora.rank:
+        need_peft()
     job, room, answer = Job(prompt, model), room_of(gpu), answer_tokens(config, asked.answer_tokens)
     reached = efficiencies(gpu)
     search = Search(config, job, asked.gpus, room)

@@ -26,6 +26,7 @@ import torch.distributed as dist
 import torch.fx.experimental._config as shape_config
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp._fully_shard import _fsdp_param as fsdp_param
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -80,6 +81,8 @@ def _device() -> Iterator[Any]:
     )
     yield patch.object(torch, "meta", handle, create=True)
     yield patch.object(FSDPParamGroup, "_validate_no_meta_params", lambda group: None)
+    # of a thousand chunks of each weight the first, which is this rank's; all others would take a minute to make
+    yield patch.object(fsdp_param, "_chunk_with_empty", lambda weight, n, dim: [weight.narrow(dim, 0, -(-weight.shape[dim] // n))])
     adam = importlib.import_module("torch.optim.adam")  # torch.optim hides it
     yield patch.object(adam, "_device_dtype_check_for_fused", lambda *args, **kwargs: None)
     yield patch.object(torch, "_fused_adamw_", _nothing)  # works in place; DTensor takes seconds to find that out
@@ -118,8 +121,10 @@ def _labels(tracker: Tracker) -> Iterator[Any]:
     def post_backward(group: FSDPParamGroup, *args: Any) -> None:
         reduce(group, *args)
         for weight in group.fsdp_params:
-            if weight.unsharded_accumulated_grad is not None:
-                tracker.relabel(weight.unsharded_accumulated_grad, "whole_gradients")
+            whole = getattr(weight, "_unsharded_param", None)
+            for grad in (weight.unsharded_accumulated_grad, None if whole is None else whole.grad):
+                if grad is not None:
+                    tracker.relabel(grad, "whole_gradients")
             if weight.sharded_param.grad is not None:
                 tracker.relabel(weight.sharded_param.grad, "gradients")
 

@@ -96,7 +96,7 @@ def _verdict(plan: dict[str, Any]) -> str:
             f"DOES NOT FIT: {needed} of {room} GB, {gb(-memory['free_bytes'])} GB too much, in {memory['highest']}"
         ]
     if micro["largest"] is None:
-        lines.append("no loss.micro_batch_tokens fits")
+        lines.append("no loss.micro_batch_tokens fits: not that of one group either")
     elif micro["largest"] == micro["all_groups"]:
         lines.append(
             f"largest loss.micro_batch_tokens that fits: {micro['largest']}, all of a GPU's groups: more is no use"
@@ -114,7 +114,7 @@ def _verdict(plan: dict[str, Any]) -> str:
             ]
             for lever in plan["levers"]
         ]
-        lines += ["", *table(["what to change, one at a time", "needed, GB", "saves", "then it", "by"], rows)]
+        lines += ["", *table(["what to change", "needed, GB", "saves", "then it", "by"], rows)]
     return "\n".join(lines)
 
 

@@ -183,7 +183,8 @@ class Tracker(TorchDispatchMode):
         if key not in self._shapes:
             out = func(*args, **kwargs)
             flat = out if isinstance(out, (tuple, list)) else (out,)
-            plain = all(isinstance(t, Tensor) and t.is_meta and not self._knows(t) for t in flat)
+            given = {_storage(t) for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
+            plain = all(isinstance(t, Tensor) and t.is_meta and _storage(t) not in given for t in flat)
             self._shapes[key] = plain and (type(out), [(t.shape, t.stride(), t.dtype) for t in flat])
             return out
         if not (found := self._shapes[key]):
@@ -245,6 +246,10 @@ def _shape(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return tuple(map(_shape, value))
     return type(value), value
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def _local(tensor: Tensor) -> Tensor:
