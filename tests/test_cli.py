@@ -15,7 +15,7 @@ from medground.config import PRESETS, save_config
 @pytest.mark.parametrize(
     "words",
     [["--help"], ["train", "--help"], ["train", "demo", "--help"], ["data", "phantom", "--help"], ["base", "--help"]]
-    + [["demo", "--help"], ["report", "--help"]],
+    + [["demo", "--help"], ["report", "--help"], ["plan", "--help"], ["plan", "demo", "--help"]],
 )
 def test_help_needs_no_torch(words: list[str]):
     # torch takes seconds to import; help must come at once
@@ -135,4 +135,4 @@ def test_verbs_hand_over_their_options(monkeypatch, tmp_path: Path):
     assert main(["demo", "--films", "700"]) == 0
     assert main(["train", "demo", "--steps", "9"]) == 0
     assert (seen[0].steps, seen[1].films, seen[2].steps) == (3, 700, 9)
-    assert set(cli._COMMANDS) == {"demo", "data phantom", "base", "train", "report"}
+    assert set(cli._COMMANDS) == {"demo", "data phantom", "base", "train", "plan", "report"}

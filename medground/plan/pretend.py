@@ -6,8 +6,9 @@ The code that trains runs as it is. What it meets instead of a device is all her
     FSDP2           takes "meta" for a device and its streams from torch.cpu
     branches        a tensor on "meta" is asked for a yes or no by checks alone: is a number not finite, a token beyond
                     the vocabulary; the answer is no
+    SDPA            takes the kernel that it takes on a CPU
     CUDA            `is_cuda` is true, Triton kernels are not launched, FlashAttention only allocates
-    CPU             `is_cuda` is false; SDPA goes to the kernel that torch takes on a CPU
+    CPU             what asks for numbers that are not there is left out
 
 Of the CUDA side that is what decides memory. How long anything takes is not to be learnt here.
 """
@@ -82,11 +83,14 @@ def _device() -> Iterator[Any]:
     yield patch.object(torch, "meta", handle, create=True)
     yield patch.object(FSDPParamGroup, "_validate_no_meta_params", lambda group: None)
     # of a thousand chunks of each weight the first, which is this rank's; all others would take a minute to make
-    yield patch.object(fsdp_param, "_chunk_with_empty", lambda weight, n, dim: [weight.narrow(dim, 0, -(-weight.shape[dim] // n))])
+    yield patch.object(
+        fsdp_param, "_chunk_with_empty", lambda weight, n, dim: [weight.narrow(dim, 0, -(-weight.shape[dim] // n))]
+    )
     adam = importlib.import_module("torch.optim.adam")  # torch.optim hides it
     yield patch.object(adam, "_device_dtype_check_for_fused", lambda *args, **kwargs: None)
     yield patch.object(torch, "_fused_adamw_", _nothing)  # works in place; DTensor takes seconds to find that out
     yield patch.object(nn.Module, "compile", lambda *args, **kwargs: None)
+    yield patch.object(nn.functional, "scaled_dot_product_attention", _attention)
 
 
 def _answers() -> Iterator[Any]:
@@ -108,7 +112,6 @@ def _cpu() -> Iterator[Any]:
     yield patch.object(prefix_decode, "_decode_torch", lambda q, *args: torch.empty_like(q))
     # which sampling asks on a CPU, to see that not every token is banned
     yield patch.object(Tensor, "unique", lambda tensor: tensor)
-    yield patch.object(nn.functional, "scaled_dot_product_attention", _cpu_attention)
 
 
 def _labels(tracker: Tracker) -> Iterator[Any]:
@@ -160,10 +163,10 @@ class _FlashAttention(torch.autograd.Function):
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
 
 
-def _cpu_attention(
+def _attention(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float, enable_gqa: bool
 ) -> Tensor:
-    """What SDPA does on a CPU; on "meta" it would take another way, with all scores in memory."""
+    """SDPA as on a CPU, without its scores in memory, which on "meta" it would have."""
     if attn_mask is not None:
         attn_mask = torch.where(attn_mask, q.new_zeros(()), q.new_full((), -torch.inf))
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

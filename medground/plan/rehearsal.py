@@ -103,6 +103,7 @@ class Rehearsal:
         with meter.label("rollout_weights"):
             self._whole = WholeCopy(self.policy, ranks, precision)
             self._decoder = Decoder(self._whole.policy)
+        meter.end()
         self._cache: Cache | None = None
         with meter.label("optimizer"):
             self._optimizer = train._optimizer(self.policy, config)
@@ -110,7 +111,6 @@ class Rehearsal:
                 weight.grad = torch.zeros_like(weight)
             self._optimizer.step()
             self._optimizer.zero_grad()
-        meter.end()
 
     def _trained(self) -> list[torch.nn.Parameter]:
         return [weight for weight in self.policy.parameters() if weight.requires_grad]
