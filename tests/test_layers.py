@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).parents[1]
 TREES = {"medground": "medground", "kernels": "medground_kernels", "bench": "bench", "profiles": "profiles"}
 """Folder -> the name its files are imported by."""
 
-PROGRAMS = ("cli", "train", "demo", "__main__")
+PROGRAMS = ("cli", "train", "demo", "plan", "__main__")
 """Rooms of medground/ that may import everything, and that nothing but a program may import."""
 
 WIRED = (
