@@ -49,7 +49,6 @@ def make_plan(config: Config, asked: Asked, tell: Callable[[str], None] = lambda
     """
     gpu = find_gpu(asked.gpu)
     config = with_precision(in_steps(config), bool(gpu.name))
-    shards_of(config.sharding.replicas, asked.gpus)
     if config.optimizer.kind != "adamw" or config.sharding.cpu_offload:
         raise ValueError(
             "optimizer.kind, sharding.cpu_offload: want adamw on the GPU, which is all that can be planned yet; got "
@@ -58,6 +57,7 @@ def make_plan(config: Config, asked: Asked, tell: Callable[[str], None] = lambda
     model = model_config(config.model.path)
     prompt = longest_prompt(config, asked.text_tokens)
     check_sizes(config, prompt, asked.gpus, model.text_config.max_position_embeddings)
+    shards_of(config.sharding.replicas, asked.gpus)
     if config.model.lora.rank:
         need_peft()
     job, room, answer = Job(prompt, model), room_of(gpu), answer_tokens(config, asked.answer_tokens)

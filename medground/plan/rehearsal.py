@@ -33,6 +33,8 @@ from medground.rollout.engine import Limits, plan_cache
 from medground.sharding import Ranks, WholeCopy
 from medground.step_metrics import Clock, Totals
 
+BESIDE = "moments"
+"""What is no phase of a run, but has to be watched."""
 _MANY = 1 << 20  # records of an evaluation: enough to fill its cache
 
 
@@ -104,7 +106,7 @@ class Rehearsal:
         with meter.label("rollout_weights"):
             self._whole = WholeCopy(self.policy, ranks, precision)
             self._decoder = Decoder(self._whole.policy)
-        meter.end()
+        meter.begin(BESIDE)  # a run has its moments from its first step on
         self._cache: Cache | None = None
         with meter.label("optimizer"):
             self._optimizer = build.build_optimizer(self.policy, config)
@@ -112,6 +114,7 @@ class Rehearsal:
                 weight.grad = torch.zeros_like(weight)
             self._optimizer.step()
             self._optimizer.zero_grad()
+        meter.end()
 
     def _trained(self) -> list[torch.nn.Parameter]:
         return [weight for weight in self.policy.parameters() if weight.requires_grad]
@@ -231,7 +234,10 @@ def nothing_there(model: Qwen2_5_VLConfig, tracker: Tracker) -> Iterator[None]:
     def empty_policy(folder: Path, dtype: torch.dtype) -> Policy:
         with torch.device("meta"):
             vlm = Qwen2_5_VLForConditionalGeneration(copy.deepcopy(model))
-        return Policy(vlm.to(dtype))
+        policy = Policy(vlm.to(dtype))
+        for name, buffer in list(policy.named_buffers()):  # which are not on "meta" in truth
+            policy.set_tensor(name, torch.empty_like(buffer, device="meta"))
+        return policy
 
     changes: list[tuple[Any, str, Callable]] = [
         (build, "empty_policy", empty_policy),
