@@ -4,19 +4,20 @@
     python -m bench.data memory           a part: loading, preparing, memory
 
 Loading is measured by format of the image files and number of workers, in turns, beside a plain loop of PIL.open and
-the processor. Memory is the most that a process of its own held, beyond what it held before.
+the processor. Memory is the most that a process of its own held, beyond what it held before, and its seconds are its
+CPU's.
 """
 
 import argparse
 import csv
 import multiprocessing
 import os
-import resource
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, redirect_stdout
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -28,7 +29,7 @@ PARTS = ("loading", "preparing", "memory")
 
 
 class Measured(NamedTuple):
-    """What a call in a process of its own took."""
+    """What a call in a process of its own took: CPU seconds, and the most memory beyond what it began with."""
 
     seconds: float
     megabytes: float
@@ -55,7 +56,7 @@ def draw(folder: Path, films: int) -> dict[str, Path]:
 
 
 def loading(
-    folders: dict[str, Path], workers: Iterable[int], rounds: int, least: int = 48
+    folders: dict[str, Path], workers: Iterable[int], rounds: int, least: int
 ) -> dict[str, dict[str, list[float]]]:
     """Images a second, round by round: format -> side -> rates."""
     from bench.random_model import SIZES, make_processor
@@ -107,7 +108,8 @@ def preparing(folders: dict[str, Path], out: Path, workers: Iterable[int]) -> di
         for count in workers:
             options = {"annotations": str(table), "images": str(folder), "out": str(out / f"{name}-{count}")}
             start = time.perf_counter()
-            prepare_csv(OwnCsvConfig(**options, workers=count))
+            with redirect_stdout(sys.stderr):
+                prepare_csv(OwnCsvConfig(**options, workers=count))
             rates[name][f"{count} worker{'s' * (count > 1)}"] = films / (time.perf_counter() - start)
     return rates
 
@@ -161,7 +163,8 @@ def prepare_many(folder: Path) -> None:
 
     out = tempfile.mkdtemp(dir=folder.parent)
     options = {"annotations": str(folder / "table.csv"), "images": str(folder), "out": out}
-    prepare_csv(OwnCsvConfig(**options, longest_side=32, workers=1, val=0, test=0))  # links: one picture, one split
+    with redirect_stdout(sys.stderr):  # links: one picture, one split
+        prepare_csv(OwnCsvConfig(**options, longest_side=32, workers=1, val=0, test=0))
 
 
 def apart(function: Callable[[Path], None], folder: Path) -> Measured:
@@ -171,10 +174,15 @@ def apart(function: Callable[[Path], None], folder: Path) -> Measured:
 
 
 def _measure(function: Callable[[Path], None], folder: Path) -> Measured:
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    before, start = _status("VmRSS"), time.process_time()
     function(folder)
-    seconds = time.perf_counter() - start
-    return Measured(seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    return Measured(time.process_time() - start, (_status("VmHWM") - before) / 1024)
+
+
+def _status(name: str) -> int:
+    """kB of this process; what getrusage knows it may have from the process that started it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1])
 
 
 def render_rates(title: str, rates: dict[str, dict[str, list[float]]]) -> str:
@@ -194,7 +202,7 @@ def memory(folder: Path, records: int) -> Iterator[tuple[int, str, Measured]]:
     """Records, what was done with them, what it took; each for a tenth of the records first."""
     calls: dict[str, Callable[[Path], None]] = {"load_records": read_all, "audit, headers": audit_headers}
     few, many = (large(folder / str(count), count) for count in (records // 10, records))
-    for share in (records // 100, records // 10):
+    for share in (records // 100, records // 25):
         write_table(few / "table.csv", [(f"images/{i:06d}.png", "a", 4, 4, 20, 30) for i in range(share)])
         yield share, "prepare csv", apart(prepare_many, few)
     for title, call in calls.items():
@@ -206,6 +214,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all without any")
     parser.add_argument("--films", type=int, default=24, help="films of each format")
+    parser.add_argument("--images", type=int, default=48, help="loaded a round, the films over and over")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--records", type=int, default=100_000, help="of the large folder")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
@@ -217,14 +226,14 @@ def main() -> None:
         folder = Path(name)
         folders = draw(folder / "films", args.films) if set(parts) - {"memory"} else {}
         if "loading" in parts:
-            rates = loading(folders, args.workers, args.rounds)
+            rates = loading(folders, args.workers, args.rounds, args.images)
             print(render_rates(f"loaded, {SIDE}x{SIDE}, images/s", rates), end="\n\n", flush=True)
         if "preparing" in parts:
             prepared = preparing(folders, folder, [count for count in args.workers if count])
             rates = {name: {side: [rate] for side, rate in found.items()} for name, found in prepared.items()}
             print(render_rates("prepared (csv), films/s", rates), end="\n\n", flush=True)
         if "memory" in parts:
-            print("| records | what | s | MB at the peak |\n|---:|---|---:|---:|", flush=True)
+            print("| records | what | CPU s | MB at the peak |\n|---:|---|---:|---:|", flush=True)
             for records, what, found in memory(folder, args.records):
                 print(f"| {records} | {what} | {found.seconds:.1f} | {found.megabytes:.0f} |", flush=True)
 
