@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import multiprocessing
 import shutil
 from pathlib import Path
 
@@ -212,8 +213,11 @@ def test_a_frozen_vision_tower_stays(tiny_job, tmp_path: Path, base_folder: Path
         assert torch.equal(before[name], after[name]) == name.startswith("visual."), name
 
 
-def test_half_precision_trains(tiny_job, tmp_path: Path):
-    train(tiny_job(tmp_path / "run", steps=1, **{"model.precision": "bfloat16"}))
+def test_half_precision_trains_on_augmented_images_from_a_worker(tiny_job, tmp_path: Path):
+    changes = {"model.precision": "bfloat16", "data.workers": 1, "data.augment.flip": 0.5, "data.augment.shift": 0.1}
+    train(tiny_job(tmp_path / "run", steps=1, **changes))
+    assert not multiprocessing.active_children()
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["records_never_mirrored"] > 0
     row = metrics(tmp_path / "run")[0]
     assert math.isfinite(row["grad_norm"]) and 0.8 < row["ratio_min"] <= row["ratio_max"] < 1.25
 
