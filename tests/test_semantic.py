@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -53,7 +54,8 @@ def ask(base_folder: Path):
         for record, sets in groups:
             rollouts = tuple(Rollout(torch.zeros(1), torch.zeros(1), "", True) for _ in sets)
             made.append(Group(make_prompt(record, film, processor, "brief"), rollouts))
-            answers.append([Answer(boxes) for boxes in sets])
+            # as `to_original` gives them
+            answers.append([Answer(boxes and tuple(tuple(map(np.float64, box)) for box in boxes)) for boxes in sets])
         return batch_of(made, answers)
 
     return make
