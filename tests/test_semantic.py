@@ -103,6 +103,13 @@ def test_contrast_takes_a_better_fit_than_the_whole_image_of_the_right_size(ask)
     torch.testing.assert_close(got, torch.tensor(want), atol=5e-3, rtol=0)
 
 
+def test_what_the_whole_image_says_already_is_taken_off(ask):
+    prior = Prior({"b": "bright", "d": "dark"}, {})
+    got = semantic_reward(ask((example("dark", category="d"), [(DARK,), (BRIGHT,)])), Brightness(), CONTRAST, prior)
+    # the film as a whole is dark: "dark" and "no dark" share it, "bright" has next to nothing
+    assert got[0].tolist() == pytest.approx([0.5, 0.25], abs=0.02)
+
+
 def test_what_is_not_there_earns_by_saying_so(ask):
     for config in (COSINE, CONTRAST):
         batch = ask((example(boxes=()), [(), (BRIGHT,), None]), (example(), [(BRIGHT,), (), ()]))
