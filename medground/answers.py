@@ -92,7 +92,7 @@ def _read_block(block: str, problems: list[Problem]) -> tuple[tuple[Box, ...] | 
     if len(boxes) < len(found):
         problems.append("no box")
         return None, ()
-    said = (item.get("label") for item in items)
+    said = (item.get("label") if isinstance(item, dict) else None for item in items)
     return boxes, tuple(label if isinstance(label, str) else "" for label in said)
 
 

@@ -96,7 +96,7 @@ class _Lesson(NamedTuple):
         tensors["pixel_values"] = tensors["pixel_values"].float()
         return Prompt(
             self.example,
-            **tensors,
+            **tensors,  # type: ignore[arg-type]  # none of them is called coordinates
             image_keys=self.image_keys,
             processed_width=self.processed_width,
             processed_height=self.processed_height,

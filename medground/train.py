@@ -148,15 +148,15 @@ def _steps(
             answers = [[read_answer(r.text, g.prompt) for r in g.rollouts] for g in groups]
             rewards = scorer(groups, answers)
             advantages = advantages_of(rewards, config.loss)  # [B, G]
-            kept = taking_part(groups, rewards, config.loss)  # [B, G]
+            in_update = taking_part(groups, rewards, config.loss)  # [B, G]
             clock.lap("reward")
 
             work = step_operations(
                 network, sizes_of(groups), scorings=_scorings(config), epochs=config.loss.inner_epochs
             )
             totals = step_totals(groups, rewards, asker.engine.stats, work, ranks)
-            trained = totals.of(groups, kept, ranks)
-            micro = _micro_batches(policy, groups, advantages, config, ranks, kept)
+            trained = totals.of(groups, in_update, ranks)
+            micro = _micro_batches(policy, groups, advantages, config, ranks, in_update)
             largest = max(micro, key=lambda batch: len(batch.packed.input_ids))
             ranks.progress.now("score", f"step {step + 1}: {largest.shapes}")
             _score(policy, reference, micro, config)

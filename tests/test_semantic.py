@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -53,7 +54,8 @@ def ask(base_folder: Path):
         for record, sets in groups:
             rollouts = tuple(Rollout(torch.zeros(1), torch.zeros(1), "", True) for _ in sets)
             made.append(Group(make_prompt(record, film, processor, "brief"), rollouts))
-            answers.append([Answer(boxes) for boxes in sets])
+            # as `to_original` gives them
+            answers.append([Answer(boxes and tuple(tuple(map(np.float64, box)) for box in boxes)) for boxes in sets])
         return batch_of(made, answers)
 
     return make
@@ -99,6 +101,13 @@ def test_contrast_takes_a_better_fit_than_the_whole_image_of_the_right_size(ask)
     whole = fit(1600 / 168**2)
     want = [(1 + fit(1) - whole) / 2, (1 + fit(0) - whole) / 2, 0.5 * 3200 / 168**2, 0.01 * (1 + fit(1) - whole) / 2]
     torch.testing.assert_close(got, torch.tensor(want), atol=5e-3, rtol=0)
+
+
+def test_what_the_whole_image_says_already_is_taken_off(ask):
+    prior = Prior({"b": "bright", "d": "dark"}, {})
+    got = semantic_reward(ask((example("dark", category="d"), [(DARK,), (BRIGHT,)])), Brightness(), CONTRAST, prior)
+    # the film as a whole is dark: "dark" and "no dark" share it, "bright" has next to nothing
+    assert got[0].tolist() == pytest.approx([0.5, 0.25], abs=0.02)
 
 
 def test_what_is_not_there_earns_by_saying_so(ask):

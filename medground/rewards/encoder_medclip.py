@@ -40,6 +40,9 @@ _DERIVED = ("position_ids", "relative_position_index")  # buffers that are not l
 
 
 class _Tower(nn.Module):
+    model: nn.Module
+    projection_head: nn.Linear
+
     def __init__(self, model: nn.Module, width: int, projected: int, bias: bool) -> None:
         super().__init__()
         self.model, self.projection_head = model, nn.Linear(width, projected, bias=bias)
@@ -61,12 +64,9 @@ class MedClip(Encoder):
         weights = _renamed(weights)
         projected = weights["vision_model.projection_head.weight"].shape[0]
         bias = "text_model.projection_head.bias" in weights
-        towers = nn.ModuleDict(
-            {
-                "vision_model": _Tower(SwinModel(vision), vision.hidden_size, projected, bias=False),
-                "text_model": _Tower(BertModel(text), text.hidden_size, projected, bias),
-            }
-        )
+        self._vision = _Tower(SwinModel(vision), vision.hidden_size, projected, bias=False)
+        self._text = _Tower(BertModel(text), text.hidden_size, projected, bias)
+        towers = nn.ModuleDict({"vision_model": self._vision, "text_model": self._text})
         wanted = {name: tuple(value.shape) for name, value in towers.state_dict().items()}
         given = {name: tuple(value.shape) for name, value in weights.items()}
         for name in wanted | given:
@@ -74,7 +74,7 @@ class MedClip(Encoder):
                 got = given.get(name, "nothing")
                 raise ValueError(f"MedCLIP's weights: {name}: want {wanted.get(name, 'nothing')}; got {got}")
         towers.load_state_dict(weights, strict=False)  # compared above
-        self._vision, self._text = towers.to(device, self.dtype).eval().values()
+        towers.to(device, self.dtype).eval()
         self._tokenizer = BertTokenizer(str(vocab), do_lower_case=False)
 
     def encode_images(self, pixels: Tensor) -> Tensor:

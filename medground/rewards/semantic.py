@@ -97,7 +97,7 @@ def _scores(
     sizes = torch.tensor([[*p, *o] for p, o in zip(batch.processed_sizes, batch.original_sizes, strict=True)])
     shown = sizes[:, :2].float()  # [B, 2], pixels that the model saw
     factor = (shown / sizes[:, 2:]).repeat(1, 2)  # [B, 4], original to processed
-    regions = squares(torch.tensor(boxes) * factor[which], config.crop_context)
+    regions = squares(torch.tensor(boxes, dtype=torch.float32) * factor[which], config.crop_context)
     phrases = [example.phrase for example in batch.examples]
     if config.semantic == "cosine":
         seen = encoder.images(crops_of(images, which, regions, encoder.size))
@@ -107,7 +107,8 @@ def _scores(
     every, of = torch.cat([regions, whole]), torch.cat([which, torch.arange(B)])
     seen = encoder.images(crops_of(images, of, every, encoder.size))  # [n + B, D]
     fits = _fits(seen, of.tolist(), batch.examples, encoder, prior)
-    areas = torch.tensor([_prior(box, batch.examples[b], prior) for box, b in zip(boxes, which.tolist(), strict=True)])
+    shares = [_prior(box, batch.examples[b], prior) for box, b in zip(boxes, which.tolist(), strict=True)]
+    areas = torch.tensor(shares, dtype=torch.float32)
     return areas * (1 + fits[:-B] - fits[-B:][which]) / 2
 
 
