@@ -17,12 +17,13 @@ comma := ,
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 EXTRAS := $(if $(HAS_GPU),dev$(comma)gpu,dev)
 
-.PHONY: help setup test demo mutate lint types bench bench-kernels bench-check gpu clean
+.PHONY: help setup test chaos demo mutate lint types bench bench-kernels bench-check gpu clean
 
 help:
 	@echo "make setup   make the environment .venv (PYTHON=python3.12 picks the interpreter)"
 	@echo "make demo    train, evaluate and show a small model: runs/demo/"
 	@echo "make test    run every test and print the coverage (ARGS='-k records' narrows it)"
+	@echo "make chaos   kill runs of two ranks at 50 random moments; they have to come to the same (20 minutes)"
 	@echo "make mutate  change the kernels line by line and count what the tests notice (ARGS=token_logprob narrows it)"
 	@echo "make lint    check style, imports and types"
 	@echo "make peers   install TRL, Liger, cut-cross-entropy and DeepSpeed into peers/, to be measured too"
@@ -63,12 +64,21 @@ OLD_TRITON := .path/triton-3.6.0
 $(OLD_TRITON): | setup
 	$(PIP) install -qq --no-compile --no-deps --target $@ triton==3.6.0
 
+# not in .venv: transformers imports it wherever it finds it, a second and some warnings in every process
+EIGHT_BIT := .path/torchao-0.18.0
+
+$(EIGHT_BIT): | setup
+	$(PIP) install -qq --no-compile --no-deps --target $@ torchao==0.18.0
+
 $(LINK):
 	@mkdir -p $(@D) && ln -sfn ../kernels $@
 
 # a process for each core, of one thread each: threads of several processes would wait for one another
 test: setup
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses=8 --dist=loadfile --cov --durations=10 $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder --cov --durations=10 $(ARGS)
+
+chaos: setup
+	$(PY) tests/chaos.py $(ARGS)
 
 mutate: setup
 	$(PY) -m bench.mutate $(ARGS)

@@ -42,14 +42,16 @@ setup(
     extras_require={
         "gpu": ["nvidia-ml-py"],
         "lora": ["peft"],
+        "8bit": ["torchao"],
         "flash": ["flash-attn"],  # a source distribution: needs nvcc
         "semantic": ["open_clip_torch"],  # pulls torchvision: an environment of its own on a CPU build of torch
         "peers": ["trl==1.16.0", "liger-kernel==0.8.5", "cut-cross-entropy", "deepspeed", "greenlet"],
-        "medical": ["nibabel", "pydicom"],
+        "medical": ["nibabel", "pydicom"],  # both MIT
         "dev": [
             "hypothesis",
             "matplotlib",
             "mypy",
+            "nibabel",
             "peft",
             "pre-commit",
             "pydicom",

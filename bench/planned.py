@@ -85,11 +85,11 @@ def make_case(case: Case, model: Path) -> Config:
         steps=10,
         model=ModelConfig(
             path=str(model),
-            gradient_checkpointing=case.checkpointing,
+            activation_checkpointing="full" if case.checkpointing else "none",
             lora=LoraConfig(rank=case.lora),
             precision="float32",
         ),
-        data=DataConfig(path="unused", min_pixels=1, max_pixels=196 * 784),
+        data=DataConfig(path=("unused",), min_pixels=1, max_pixels=196 * 784),
         rollout=RolloutConfig(
             prompts_per_step=2 * case.ranks, group_size=G, max_new_tokens=C, max_rows=8, cache_gb=0.02, prefill_tokens=P
         ),

@@ -7,6 +7,7 @@ import functools
 import gc
 import shutil
 import time
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -14,7 +15,8 @@ import torch
 from bench.random_model import TEMPLATE
 from bench.step_job import LR, NO_LIMIT, PHASES, SEED, Capture, Job, Seconds, reward
 from medground import train
-from medground.checkpoint import save_checkpoint
+from medground.build import build_optimizer, build_policy
+from medground.checkpoint import Checkpoints
 from medground.config import (
     Config,
     DataConfig,
@@ -26,11 +28,13 @@ from medground.config import (
 )
 from medground.costs import network_of, peak_of, sizes_of, step_operations
 from medground.evaluate import Asker
+from medground.loading import Loader, PromptMaker, Question
+from medground.preflight import limits_of
 from medground.prompts import load_processor
 from medground.records import Group, Prompt, Rollout
 from medground.rewards.total import Rewards
 from medground.rollout.engine import Engine
-from medground.sharding import Ranks, WholeCopy, compute_dtype, shard
+from medground.sharding import Ranks, WholeCopy, compute_dtype
 from medground.step_metrics import Clock, step_totals
 from medground_kernels.group_advantage import group_advantage
 
@@ -44,8 +48,10 @@ def make_our_config(job: Job) -> Config:
         out="unused",
         steps=1000,
         seed=SEED,
-        model=ModelConfig(path=str(job.model), gradient_checkpointing=work.checkpointing, lora=job.lora),
-        data=DataConfig(path=str(job.data), min_pixels=job.pixels, max_pixels=job.pixels),
+        model=ModelConfig(
+            path=str(job.model), activation_checkpointing="full" if work.checkpointing else "none", lora=job.lora
+        ),
+        data=DataConfig(path=(str(job.data),), min_pixels=job.pixels, max_pixels=job.pixels),
         prompt=PromptConfig(template=TEMPLATE),
         rollout=RolloutConfig(prompts_per_step=len(job.examples), group_size=G, max_new_tokens=C),
         loss=LossConfig(loss_type="dapo", beta=0.0, micro_batch_tokens=work.groups_at_once * (P + G * C)),
@@ -65,12 +71,13 @@ class OurSide:
         self.job, self.ranks, self.config = job, ranks, make_our_config(job)
         config, dtype = self.config, compute_dtype(ranks, self.config.model.precision)
         processor = load_processor(job.model, config.data.min_pixels, config.data.max_pixels)
-        limits = train._limits(config, job.examples, processor, job.model, dtype)
-        policy = shard(train._load(job.model, config, ranks), ranks, config.model.precision)
-        self.optimizer = train._optimizer(policy, config)
+        limits = limits_of(config, job.examples, processor, job.model, dtype)
+        policy = build_policy(job.model, config, ranks)
+        self.optimizer = build_optimizer(policy, config)
         whole = WholeCopy(policy, ranks, config.model.precision)
         engine = Engine(whole.policy, processor.tokenizer, limits)
-        self.asker = Asker(policy, whole, engine, processor, config, ranks)
+        make = PromptMaker(config.data.path, processor, config.prompt.template)
+        self.asker = Asker(policy, whole, engine, Loader(make, workers=0, ahead=1), config, ranks)
         self.network, self._peak = network_of(policy), peak_of(ranks, dtype)
         self._roll_out = engine.roll_out
         self.steps = 0
@@ -85,14 +92,14 @@ class OurSide:
             return lengths[prompt.example.id][index]
 
         clock = Clock(peak=self._peak)
-        prompts = [asker.prompt(example) for example in self.job.examples]
+        prompts = [asker.loader.make(Question(example)) for example in self.job.examples]
         clock.lap("data")
         asker.engine.roll_out = functools.partial(self._roll_out, lengths=length)
         groups = train._roll_out(asker, prompts, self.steps)
         clock.lap("prefill", asker.engine.stats.prefill_seconds)
         clock.lap("decode")
         total = torch.tensor([[reward(r.text) for r in g.rollouts] for g in groups])
-        rewards = Rewards(total, *(torch.zeros_like(total) for _ in range(3)))
+        rewards = Rewards(total, {}, {}, torch.zeros_like(total))
         advantages = group_advantage(total, normalize=config.loss.advantage)
         clock.lap("reward")
         work = step_operations(self.network, sizes_of(groups), scorings=train._scorings(config))
@@ -109,15 +116,21 @@ class OurSide:
         self.groups, self.metrics = groups, totals.means | clock.seconds(totals)
         return {"step": self.metrics["seconds"]} | {phase: self.metrics[f"seconds_{phase}"] for phase in PHASES}
 
-    def save(self, folder: Path) -> float | None:
-        """Seconds of a checkpoint; None where the disk has no room for it."""
+    def save(self, folder: Path) -> dict[str, float | None]:
+        """Seconds that a checkpoint holds the loop up, and until it is written; None where the disk has no room."""
         trained = [weight for weight in self.asker.policy.parameters() if weight.requires_grad]
         needed = _STATE_BYTES * sum(weight.numel() for weight in trained)
         if shutil.disk_usage(folder.parent).free < 1.2 * needed:
-            return None
-        start = time.perf_counter()
-        save_checkpoint(folder, self.steps, self.asker.policy, self.optimizer, self.ranks, keep=1)
-        return time.perf_counter() - start
+            return {"checkpoint_stall_seconds": None, "checkpoint_seconds": None}
+        stalls, wholes = [], []
+        with closing(Checkpoints(folder, self.ranks, keep=1)) as checkpoints:
+            for _ in range(2):  # the first one allocates its memory
+                start = time.perf_counter()
+                checkpoints.save(self.steps, self.asker.policy, self.optimizer, {})
+                stalls.append(time.perf_counter() - start)
+                checkpoints.wait()
+                wholes.append(time.perf_counter() - start)
+        return {"checkpoint_stall_seconds": stalls[-1], "checkpoint_seconds": wholes[-1]}
 
     def compare(self, theirs: Capture) -> float:
         """How far our gradient of their first step is from theirs: root mean square over theirs.
@@ -125,7 +138,7 @@ class OurSide:
         In an adapter's first step that is the gradient of B, since that of A is zero while B is.
         """
         policy, config = self.asker.policy, self.config
-        prompts = [self.asker.prompt(example) for example in self.job.examples]
+        prompts = [self.asker.loader.make(Question(example)) for example in self.job.examples]
         if not torch.equal(torch.stack([prompt.input_ids for prompt in prompts]), theirs.prompts):
             raise ValueError("want the same prompts on both sides; theirs have other tokens")
         groups = [

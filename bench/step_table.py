@@ -132,7 +132,10 @@ def render(result: dict[str, Any]) -> str:
             )
     checkpoint = result["checkpoint_seconds"]
     lines += [
-        f"A checkpoint of ours takes {checkpoint:.3g} s." if checkpoint else "No checkpoint was taken.",
+        f"A checkpoint of ours holds the loop up for {result['checkpoint_stall_seconds']:.2g} s and is written after "
+        f"{checkpoint:.3g} s."
+        if checkpoint
+        else "No checkpoint was taken.",
         PUBLISHED,
     ]
     lines += [f"{name}: {line}" for name, side in ran.items() if side["gpu"] and (line := throttle_line(side["gpu"]))]

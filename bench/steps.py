@@ -146,7 +146,7 @@ class Race:
             yield
         self.sides[name].gpu = watch.result()
 
-    def result(self, checkpoint_seconds: float | None) -> dict[str, Any]:
+    def result(self, saving: dict[str, float | None]) -> dict[str, Any]:
         """Everything, as JSON has it."""
         device = self.job.device
         work = {what: [row[what] for row in self.work] for what in ("tokens", "operations")}
@@ -165,10 +165,9 @@ class Race:
             "floors": floors | {"step": sum(floors.values())},
             "device_rates": self.rates._asdict(),
             "work": work,
-            "checkpoint_seconds": checkpoint_seconds,
             "environment": environment() | {"on": device.type},
             "bars": bars,
-        }
+        } | saving
 
 
 def measure(

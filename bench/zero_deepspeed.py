@@ -16,7 +16,7 @@ from torch.nn import functional
 from bench.race import UnavailableError
 from bench.random_model import ARCHITECTURES
 from bench.zero_sides import RowsLoss, Update, Work, over_ranks
-from medground import train
+from medground.build import build_optimizer
 from medground.sharding import Ranks, compute_dtype
 
 BUCKET = 200_000_000
@@ -88,7 +88,7 @@ class DeepSpeed:
         plain = functional.linear
         self.engine, *_ = deepspeed.initialize(
             model=model,
-            optimizer=train._optimizer(model, work.config),
+            optimizer=build_optimizer(model, work.config),
             config=settings(work, ranks, stage, parameters),
         )
         # ZeRO-3 puts its own in torch's place, for good and for everybody

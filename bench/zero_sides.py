@@ -24,6 +24,8 @@ from bench.random_model import (
 )
 from bench.unpacked import Rows, pad_rows, unpacked_logp
 from medground import train
+from medground.activation_checkpointing import checkpoint_activations
+from medground.build import build_optimizer
 from medground.config import Config, DataConfig, LossConfig, ModelConfig, OptimizerConfig, RolloutConfig
 from medground.policy import Policy
 from medground.records import Group
@@ -97,8 +99,8 @@ def make_work(model: str, ranks: Ranks, prompts: int, groups_at_once: int, check
     config = Config(
         out="unused",
         steps=1000,
-        model=ModelConfig(path="unused", gradient_checkpointing=checkpointing),
-        data=DataConfig(path="unused"),
+        model=ModelConfig(path="unused", activation_checkpointing="full" if checkpointing else "none"),
+        data=DataConfig(path=("unused",)),
         rollout=RolloutConfig(prompts_per_step=count, group_size=G, max_new_tokens=C),
         loss=LossConfig(loss_type="dapo", beta=0.0, micro_batch_tokens=groups_at_once * (P + G * C)),
         optimizer=OptimizerConfig(lr=LR, warmup_steps=0, final_lr_fraction=1.0),
@@ -140,8 +142,7 @@ def _row_batch(vlm: Qwen2_5_VLForConditionalGeneration, groups: Sequence[Group],
 def master_weights(work: Work, ranks: Ranks) -> Qwen2_5_VLForConditionalGeneration:
     """The model in float32, ready to be trained, its numbers rounded to the compute dtype."""
     vlm = _make_vlm(work.model, ranks).float().train()
-    if work.config.model.gradient_checkpointing:
-        vlm.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(vlm, work.config.model.activation_checkpointing)
     return vlm
 
 
@@ -156,7 +157,7 @@ class Ours:
     def __init__(self, work: Work, ranks: Ranks):
         self.work, self.ranks = work, ranks
         self.policy = shard(Policy(master_weights(work, ranks)), ranks, "auto")
-        self.optimizer = train._optimizer(self.policy, work.config)
+        self.optimizer = build_optimizer(self.policy, work.config)
 
     def update(self) -> Update:
         work = self.work
@@ -196,7 +197,7 @@ class OursUnpacked:
     def __init__(self, work: Work, ranks: Ranks):
         self.work, self.ranks = work, ranks
         self.model = shard(RowsLoss(work, ranks), ranks, "auto")
-        self.optimizer = train._optimizer(self.model, work.config)
+        self.optimizer = build_optimizer(self.model, work.config)
 
     def update(self) -> Update:
         losses, batches = [], self.work.rows

@@ -1,14 +1,17 @@
-"""Save and resume a run's state; export the policy as an ordinary model folder.
+"""Save and resume a run's state, while training goes on.
 
 A checkpoint is torch.distributed.checkpoint's sharded form of the weights that are trained and their AdamW moments,
 float32, with a small JSON file beside it. What is frozen is in the model folder still. Everything else of a run follows
-from its configuration and step: the data order, every random number and the learning rate are functions of them, so
-there is no other state.
+from its configuration and step: the data order, every random number and the learning rate are functions of them, so no
+random generator, position or scheduler has a state of its own.
 
-It is written aside and renamed when complete, so a folder `step-*` is whole. No pickle that could run
-code is loaded: tensors are read with `weights_only`, and the layout, which DCP keeps as a pickle, through
-an unpickler that knows the dozen classes a layout of tensors is made of. (Not that of entries that are bytes,
-which DCP would unpickle.)
+Saving copies the state to the host's memory and goes on; a thread writes it, and talks to the other ranks' threads
+through a process group of its own. Until all ranks' files are on the disk the folder has another name
+(`checkpoint_folder`), and loading hashes every file first.
+
+No pickle that could run code is loaded: tensors are read with `weights_only`, and the layout, which DCP keeps as a
+pickle, through an unpickler that knows the dozen classes a layout of tensors is made of. (Not that of entries that are
+bytes, which DCP would unpickle.)
 """
 
 from __future__ import annotations
@@ -17,119 +20,209 @@ import json
 import os
 import pickle
 import shutil
+import sys
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import Qwen2_5_VLForConditionalGeneration
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
+from medground.adamw import state_of
+from medground.checkpoint_folder import aside_of, checkpoints, complaints, describe, publish, set_aside, tidy
 from medground.config import LoraConfig
-from medground.lora import merge_adapters, save_adapters
 
 if TYPE_CHECKING:
     from medground.policy import Policy
     from medground.sharding import Ranks
 
+T = TypeVar("T")
+
 STATE_FILE = "state.json"
-ADAPTERS = "adapter"
-"""Folder, within an export, of adapters by themselves."""
 
 
-def save_checkpoint(
-    folder: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, ranks: Ranks, keep: int
-) -> None:
-    """Save the state after `step` steps as `folder`/step-NNNNNN, and drop all but the newest `keep`."""
-    final = folder / f"step-{step:06d}"
-    aside = folder / f".step-{step:06d}.partial"
-    if ranks.is_first:
-        for leftover in [final, *folder.glob(".*.partial")]:
-            shutil.rmtree(leftover, ignore_errors=True)
-    ranks.barrier()
-    dcp.save(_state(policy, optimizer), storage_writer=dcp.FileSystemWriter(aside))
-    if ranks.is_first:
-        (aside / STATE_FILE).write_text(json.dumps({"step": step, "lora": asdict(policy.lora)}) + "\n")
-        os.rename(aside, final)
-        for old in _checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
-    ranks.barrier()
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written; those before it are as they were."""
 
 
-def load_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> int:
-    """Load the newest checkpoint of `folder` in place, for any number of ranks.
+class Checkpoints:
+    """A run's checkpoints; every rank must make one, and call its methods alike."""
 
-    Returns:
-        Steps done when it was saved; 0 where there is no checkpoint yet.
+    def __init__(self, folder: Path, ranks: Ranks, keep: int):
+        """Take checkpoints in `folder`, which all ranks must see, and keep the newest `keep`."""
+        self.folder, self.keep, self._ranks = folder, keep, ranks
+        self._group = dist.new_group(backend="gloo")
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
+        self._buffers: dict[str, Tensor] = {}
+        self._mesh: DeviceMesh | None = None
 
-    Raises:
-        ValueError: the checkpoint's layout is not one, or its adapters are others than the policy's.
-    """
-    found = _checkpoints(folder)
-    if not found:
-        return 0
-    state = json.loads((found[-1] / STATE_FILE).read_text())
-    theirs = state.get("lora", asdict(LoraConfig()))  # there was a time without adapters
-    for name, value in asdict(policy.lora).items():
-        if theirs[name] != value:
-            raise ValueError(f"{found[-1]}: want a checkpoint of model.lora.{name} {value!r}; got {theirs[name]!r}")
-    reader = _LayoutReader(found[-1])
-    reader.read_metadata()  # dcp.load would wrap its ValueError
-    dcp.load(_state(policy, optimizer), storage_reader=reader)
-    return int(state["step"])
+    def save(self, step: int, policy: Policy, optimizer: torch.optim.Optimizer, facts: Mapping[str, Any]) -> None:
+        """Copy the state after `step` steps, and begin to write it; the one before is written by then.
+
+        Args:
+            step: steps done.
+            policy: whose weights are saved.
+            optimizer: its moments.
+            facts: what else `load` is to give back; JSON values, of the first rank.
+
+        Raises:
+            CheckpointError: the one before could not be written.
+        """
+        self.wait()
+        staged = {name: self._copy(name, value) for name, value in _state(policy, optimizer).items()}
+        if self._ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+        state = {"step": step, "lora": asdict(policy.lora), "facts": dict(facts)}
+        self._writing = self._writer.submit(self._write, step, staged, json.dumps(state) + "\n")
+
+    @property
+    def failed(self) -> bool:
+        """Whether `wait` would raise at once; ranks learn of it at different times."""
+        return bool(self._writing and self._writing.done() and self._writing.exception())
+
+    def wait(self) -> None:
+        """Wait until what was saved is on the disk.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        writing, self._writing = self._writing, None
+        if writing:
+            writing.result()
+
+    def close(self) -> None:
+        """End the thread, once it has written what it had to."""
+        self._writer.shutdown()
+
+    def load(self, policy: Policy, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Any]]:
+        """Load the newest checkpoint that is whole, in place, whatever the number of ranks that saved it.
+
+        Newer ones that are not are named on standard error and renamed to `*.broken`.
+
+        Returns:
+            Steps done when it was saved, and the facts saved with it; 0 and none where there is no checkpoint yet.
+
+        Raises:
+            ValueError: there are checkpoints and none is whole, its layout is not one, its tensors are others than the
+                policy's, or so are its adapters.
+        """
+        found, broken = self._newest()
+        if not found:
+            if broken:
+                raise ValueError(f"{self.folder}: want a checkpoint that is whole; got none: {'; '.join(broken)}")
+            return 0, {}
+        if broken and self._ranks.is_first:
+            told = "; ".join(broken)
+            print(f"medground: warning: damaged checkpoints: {told}; going on from {found.name}", file=sys.stderr)
+            for path in checkpoints(self.folder):
+                if path.name > found.name:
+                    set_aside(path)
+        state = json.loads((found / STATE_FILE).read_text())
+        for name, value in asdict(policy.lora).items():
+            theirs = state.get("lora", asdict(LoraConfig()))[name]
+            if theirs != value:
+                raise ValueError(f"{found}: want a checkpoint of model.lora.{name} {value!r}; got {theirs!r}")
+        reader = _LayoutReader(found)
+        reader.read_metadata()  # dcp.load would wrap its ValueError
+        try:
+            dcp.load(_state(policy, optimizer), storage_reader=reader)
+        except CheckpointException as error:  # no Exception, but a BaseException
+            raise ValueError(f"{found}: not a checkpoint of this model: {_reason(error)}") from error
+        return int(state["step"]), state["facts"]
+
+    def _newest(self) -> tuple[Path | None, list[str]]:
+        """The newest checkpoint that is whole, and what is wrong with newer ones; the same on every rank."""
+        ranks = self._ranks
+        broken: list[str] = []
+        for name in reversed(ranks.gather([path.name for path in checkpoints(self.folder)])[0]):
+            path = self.folder / name
+            said = ranks.gather(complaints(path, ranks.rank, ranks.size))
+            wrong = list(dict.fromkeys(problem for share in said for problem in share))
+            if not wrong:
+                return path, broken
+            broken += wrong
+        return None, broken
+
+    def _copy(self, name: str, value: Tensor) -> Tensor:
+        """A tensor in the host's memory, which the next save overwrites."""
+        local = value.to_local() if isinstance(value, DTensor) else value
+        if name not in self._buffers:
+            pinned = local.device.type == "cuda"
+            self._buffers[name] = torch.empty_like(local, device="cpu", pin_memory=pinned)
+        copied = self._buffers[name].copy_(local, non_blocking=True)
+        if not isinstance(value, DTensor):
+            return copied
+        if self._mesh is None:
+            mesh = value.device_mesh
+            on_cpu = mesh.device_type == "cpu"
+            self._mesh = mesh if on_cpu else DeviceMesh("cpu", mesh.mesh, mesh_dim_names=mesh.mesh_dim_names)
+        return DTensor.from_local(
+            copied, self._mesh, value.placements, run_check=False, shape=value.shape, stride=value.stride()
+        )
+
+    def _write(self, step: int, staged: dict[str, Tensor], state: str) -> None:
+        """What the thread does; each part is done on all ranks before the next begins."""
+        aside, first = aside_of(self.folder, step), self._ranks.is_first
+        try:
+            self._everywhere(lambda: tidy(self.folder, self.keep) if first else None)
+            dcp.save(staged, storage_writer=dcp.FileSystemWriter(aside), process_group=self._group)
+            shares = self._everywhere(lambda: self._describe(aside, state))
+            files = {name: facts for share in shares for name, facts in share.items()}
+            self._everywhere(lambda: publish(self.folder, step, files) if first else None)
+            if first:
+                tidy(self.folder, self.keep)
+        except (CheckpointException, CheckpointError, OSError) as error:
+            if first:
+                shutil.rmtree(aside, ignore_errors=True)
+            last = checkpoints(self.folder)
+            kept = f"the last one is {last[-1].name}" if last else "there is none yet"
+            free = shutil.disk_usage(self.folder).free / 1e9
+            said = f"could not be written: {_reason(error)} ({free:.3g} GB are free there); {kept}"
+            raise CheckpointError(f"{self.folder / aside.name}: {said}") from error
+
+    def _describe(self, aside: Path, state: str) -> dict[str, dict[str, int | str]]:
+        """This rank's files, and the first one's small ones."""
+        mine = sorted(aside.glob(f"__{self._ranks.rank}_*"))
+        if self._ranks.is_first:
+            path = aside / STATE_FILE
+            with path.open("w") as file:
+                file.write(state)
+                file.flush()
+                os.fsync(file.fileno())
+            mine += [aside / ".metadata", path]
+        return describe(mine)
+
+    def _everywhere(self, action: Callable[[], T]) -> list[T]:
+        """Results of `action` on all ranks; where it fails on one, it does on all."""
+        value, problem = None, None
+        try:
+            value = action()
+        except OSError as error:
+            problem = _reason(error)
+        said: list[Any] = [None] * self._ranks.size
+        dist.all_gather_object(said, (value, problem), group=self._group)
+        for _, text in said:
+            if text is not None:
+                raise CheckpointError(text)
+        return [result for result, _ in said]
 
 
-def export_policy(folder: Path, policy: Policy, model_folder: Path, ranks: Ranks, base: str | None = None) -> None:
-    """Write the policy as a model folder that plain transformers loads; every rank must call it.
-
-    Adapters are merged into the weights of `model_folder`, and written by themselves into a folder within.
-
-    Args:
-        folder: where to; replaced.
-        policy: what.
-        model_folder: the folder it was loaded from; tokenizer, processor and dtype are as there.
-        ranks: the first writes.
-        base: what the adapters call the model that they belong to; None for `model_folder`.
-    """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=bool(policy.lora.rank))
-    whole = cast(dict[str, Tensor], get_model_state_dict(policy, options=options))
-    if not ranks.is_first:
-        return
-    shutil.rmtree(folder, ignore_errors=True)
-    state = {name.removeprefix("vlm."): value for name, value in whole.items()}
-    if policy.lora.rank:
-        save_adapters(folder / ADAPTERS, state, policy.lora, base or str(model_folder))
-        dtype = _stored_dtype(model_folder)
-        plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(model_folder, dtype=dtype, use_safetensors=True)
-        merge_adapters(plain, folder / ADAPTERS).save_pretrained(folder)
-    else:
-        _save_whole(folder, policy, state, _stored_dtype(model_folder))
-    for file in sorted(model_folder.iterdir()):
-        written = file.name in ("config.json", "recipe.json") or file.name.endswith(".index.json")
-        if file.suffix in (".json", ".txt", ".jinja") and not written:
-            shutil.copyfile(file, folder / file.name)
-
-
-def _save_whole(folder: Path, policy: Policy, state: dict[str, Tensor], dtype: torch.dtype) -> None:
-    config = policy.plain_config()
-    if config.tie_word_embeddings:
-        state.pop("lm_head.weight", None)
-    # the sharded class would name the keys and the dtype otherwise than the hub does
-    with torch.device("meta"):
-        plain = Qwen2_5_VLForConditionalGeneration(config).to(dtype)
-    plain.save_pretrained(folder, state_dict={name: value.to(dtype) for name, value in state.items()})
-
-
-def _stored_dtype(model_folder: Path) -> torch.dtype:
-    config = json.loads((model_folder / "config.json").read_text())
-    return getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step-*") if (path / STATE_FILE).is_file())
+def _reason(error: BaseException) -> str:
+    """What the first rank that failed said."""
+    if isinstance(error, CheckpointException):
+        return next((_reason(failure[0]) for failure in error.failures.values()), str(error))
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
 
 
 def _state(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -137,12 +230,7 @@ def _state(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Tensor
     for name, parameter in policy.named_parameters():
         if parameter.requires_grad:
             state[f"policy.{name}"] = weights[name]
-            moments = optimizer.state[parameter]
-            if not moments:  # before the first step
-                zeros = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                step = torch.zeros((), device=parameter.device)
-                moments.update(step=step, exp_avg=zeros, exp_avg_sq=zeros.clone())
-            state |= {f"optimizer.{name}.{key}": value for key, value in moments.items()}
+            state |= {f"optimizer.{name}.{key}": value for key, value in state_of(optimizer, parameter).items()}
     return state
 
 
@@ -161,7 +249,7 @@ class _LayoutReader(dcp.FileSystemReader):
 
 class _LayoutUnpickler(pickle.Unpickler):
     _KNOWN = frozenset(
-        {("torch", name) for name in ("Size", "device", "float32", "bfloat16", "int64")}
+        {("torch", name) for name in ("Size", "device", "float32", "bfloat16", "int64", "uint8")}
         | {
             ("torch.distributed.checkpoint.metadata", name)
             for name in (

@@ -1,6 +1,7 @@
 """The `medground` command: each verb reads its options, then imports what it needs."""
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -10,7 +11,8 @@ from typing import Any
 
 import tyro
 
-from medground.config import PRESETS, Config, load_config
+from medground.config import Config, load_config
+from medground.presets import PRESETS, listing
 
 _HELP = """usage: medground COMMAND [OPTIONS]
 
@@ -19,11 +21,16 @@ Reinforcement learning that teaches vision-language models to ground medical phr
 commands:
   demo            everything below on phantom films, in about ten minutes on two CPU cores
   data phantom    draw a data set of phantom chest films
+  data prepare SOURCE   turn an original data set into records: ms-cxr, chestxray8, m3d-refseg, coco, vlm-r1, csv
+  data audit DIR  check a data set, and measure what a guess without looking reaches
   base            build the small base model of the demo
+  prompt          print what the model is asked, for a template, a phrase, an image
+  encoders check NAME   see whether an encoder knows true crops from others, for the semantic reward
+  encoders build  train the small encoder for phantom films
   train PRESET    train; under torchrun: torchrun --nproc-per-node N -m medground.train PRESET
   train --config FILE   train with the configuration of an earlier run
   plan PRESET           memory and time of a run on N GPUs, before anybody rents them
-  report RUN DATA       write the page of a run again
+  report RUN DATA...    write the page of a run again
 
 medground COMMAND --help lists the options of a command."""
 
@@ -32,24 +39,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit status: 0; 1 where a plan does not fit; 2 where the user made a mistake, which is then named on
-        standard error; 130 when interrupted.
+        The exit status: 0; 1 where a plan does not fit or a run cannot go on, which is named on standard error; 2 where
+        the user made a mistake, which is named there too; 130 when interrupted.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(_HELP)
         return 0 if words else 2
-    name = " ".join(words[:2]) if words[0] == "data" else words[0]
+    name = " ".join(words[:2]) if words[0] in ("data", "encoders") else words[0]
     try:
         if name not in _COMMANDS:
             raise ValueError(f"unknown command {name!r}; known are {', '.join(_COMMANDS)}")
         return _COMMANDS[name](words[len(name.split()) :]) or 0
-    except ValueError as error:
-        rank = os.environ.get("RANK", "0")
-        known_to_all = type(error).__name__ == "SharedError"  # of medground.sharding, which imports torch
+    except (ValueError, RuntimeError) as error:
+        kind, rank = type(error), os.environ.get("RANK", "0")
+        ours = kind.__module__.startswith("medground")
+        if isinstance(error, RuntimeError) and not ours:
+            raise
+        known_to_all = kind.__name__ in _KNOWN_TO_ALL
         if rank == "0" or not known_to_all:
             print(f"medground: error{'' if rank == '0' else f' on rank {rank}'}: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
         print("medground: interrupted", file=sys.stderr)
         return 130
@@ -82,11 +92,10 @@ def train_config(words: list[str], verb: str = "train") -> Config:
             Config, prog=f"medground {verb} --config FILE", args=words[2:], default=load_config(Path(words[1]))
         )
     if not words or words[0] in ("-h", "--help"):
-        presets = "\n".join(f"  {name:20} {text}" for name, (text, _) in PRESETS.items())
-        print(f"usage: medground {verb} PRESET [OPTIONS]\n\npresets (PRESET --help lists the options):\n{presets}")
+        print(f"usage: medground {verb} PRESET [OPTIONS]\n\npresets (PRESET --help lists the options):\n{listing()}")
         raise SystemExit(0 if words else 2)
     if words[0] not in PRESETS:
-        raise ValueError(f"unknown preset {words[0]!r}; known are {', '.join(PRESETS)}")
+        raise ValueError(f"unknown preset {words[0]!r}; known are:\n{listing()}")
     text, default = PRESETS[words[0]]
     return tyro.cli(Config, prog=f"medground {verb} {words[0]}", description=text, args=words[1:], default=default)
 
@@ -138,6 +147,24 @@ def _phantom(words: list[str]) -> None:
     write_phantom(_options(PhantomConfig, "medground data phantom", words))
 
 
+def _prepare(words: list[str]) -> None:
+    if not words or words[0] in ("-h", "--help"):
+        lines = "\n".join(f"  {name}" for name in _SOURCES)
+        print(f"usage: medground data prepare SOURCE [OPTIONS]\n\nsources (SOURCE --help lists the options):\n{lines}")
+        raise SystemExit(0 if words else 2)
+    if words[0] not in _SOURCES:
+        raise ValueError(f"unknown source {words[0]!r}; known are {', '.join(_SOURCES)}")
+    module, options, function = _SOURCES[words[0]]
+    source = importlib.import_module(f"medground.datasets.{module}")
+    getattr(source, function)(_options(getattr(source, options), f"medground data prepare {words[0]}", words[1:]))
+
+
+def _audit(words: list[str]) -> None:
+    from medground.audit.audit import AuditConfig, run_audit
+
+    run_audit(_options(AuditConfig, "medground data audit", words))
+
+
 def _base(words: list[str]) -> None:
     from medground.base_config import BaseConfig
 
@@ -147,6 +174,29 @@ def _base(words: list[str]) -> None:
     build_base(config)
 
 
+def _prompt(words: list[str]) -> None:
+    from medground.show_prompt import ShowPromptConfig, show_prompt
+
+    show_prompt(_options(ShowPromptConfig, "medground prompt", words))
+
+
+def _check_encoder(words: list[str]) -> None:
+    from medground.encoder_tools import CheckConfig, check_encoder
+
+    program = "medground encoders check NAME"
+    if not words or words[0].startswith("-"):
+        if words not in (["-h"], ["--help"]):
+            raise ValueError("encoders check: want the encoder's name first, as in --reward.encoder; got none")
+        _options(CheckConfig, program, words)
+    check_encoder(words[0], _options(CheckConfig, program, words[1:]))
+
+
+def _build_encoder(words: list[str]) -> None:
+    from medground.encoder_tools import BuildConfig, build_encoder
+
+    build_encoder(_options(BuildConfig, "medground encoders build", words))
+
+
 def _demo(words: list[str]) -> None:
     from medground.demo import DemoConfig, run_demo
 
@@ -154,13 +204,13 @@ def _demo(words: list[str]) -> None:
 
 
 def _report(words: list[str]) -> None:
-    if len(words) != 2 or words[0] in ("-h", "--help"):
-        print("usage: medground report RUN DATA\n\nWrites RUN/report.html; DATA is the folder of the run's records.")
+    if len(words) < 2 or words[0] in ("-h", "--help"):
+        print("usage: medground report RUN DATA...\n\nWrites RUN/report.html; DATA: the folders of its records.")
         raise SystemExit(0 if words[:1] in (["-h"], ["--help"]) else 2)
     from medground.report.page import write_report
 
     run = Path(words[0])
-    write_report(run, Path(words[1]), run / "report.html")
+    write_report(run, words[1:], run / "report.html")
     print(run / "report.html")
 
 
@@ -168,10 +218,26 @@ def _options(kind: Any, program: str, words: list[str]) -> Any:
     return tyro.cli(kind, prog=program, args=words)
 
 
+_KNOWN_TO_ALL = ("SharedError", "CheckpointError", "DivergedError")
+"""Errors that every rank has; by name, since their modules import torch."""
+
+_SOURCES = {  # name -> file of medground/datasets, its options, its function
+    "ms-cxr": ("ms_cxr", "MsCxrConfig", "prepare_ms_cxr"),
+    "chestxray8": ("chestxray8", "ChestXray8Config", "prepare_chestxray8"),
+    "m3d-refseg": ("m3d_refseg", "M3dRefSegConfig", "prepare_m3d_refseg"),
+    "coco": ("coco", "CocoConfig", "prepare_coco"),
+    "vlm-r1": ("vlm_r1", "VlmR1Config", "prepare_vlm_r1"),
+    "csv": ("own_csv", "OwnCsvConfig", "prepare_csv"),
+}
 _COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "demo": _demo,
     "data phantom": _phantom,
+    "data prepare": _prepare,
+    "data audit": _audit,
     "base": _base,
+    "prompt": _prompt,
+    "encoders check": _check_encoder,
+    "encoders build": _build_encoder,
     "train": _train,
     "plan": _plan,
     "report": _report,

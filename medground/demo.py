@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from medground.config import PRESETS
+from medground.presets import PRESETS
 
 
 @dataclass(frozen=True, kw_only=True)

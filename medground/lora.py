@@ -10,7 +10,7 @@ adapters off it always is, which makes it its own reference policy. Names of wei
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,24 +40,37 @@ def need_peft() -> None:
         raise ValueError(f"model.lora.rank: adapters want peft: pip install medground[lora]; got {error}") from None
 
 
-def add_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int) -> None:
-    """Freeze a Qwen2.5-VL and give it adapters, in place: float32, whatever the model's dtype."""
+def add_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int | None) -> None:
+    """Freeze a Qwen2.5-VL and give it adapters, in place: float32, whatever the model's dtype.
+
+    Args:
+        model: its weights may be on "meta"; so are those of its adapters then.
+        lora: the adapters.
+        seed: of what they begin as; None where that is drawn later.
+    """
     from peft import inject_adapter_in_model
 
-    inject_adapter_in_model(peft_config(lora), model)
+    inject_adapter_in_model(peft_config(lora), model, low_cpu_mem_usage=model.device.type == "meta")
     for layer in _adapted(model):
         layer.lora_A.float()
         layer.lora_B.float()
-    draw_adapters(model, seed)
+    if seed is not None:
+        draw_adapters(model, seed)
 
 
 @torch.no_grad()
-def draw_adapters(model: nn.Module, seed: int) -> None:
-    """Begin anew: A uniform within 1 / sqrt(in), as peft's default, and B zero; the seed alone decides."""
+def draw_adapters(model: nn.Module, seed: int, put: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
+    """Begin anew: A uniform within 1 / sqrt(in), as peft's default, and B zero; the seed alone decides.
+
+    Args:
+        model: with adapters.
+        seed: of the draw.
+        put: puts the whole of a weight, the second one, where the first one is; those that are sharded take a part.
+    """
     generator = torch.Generator().manual_seed(seed)
     for layer in _adapted(model):
         A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        A.copy_(torch.empty(A.shape).uniform_(-1, 1, generator=generator) * A.shape[1] ** -0.5)
+        put(A, torch.empty(A.shape).uniform_(-1, 1, generator=generator) * A.shape[1] ** -0.5)
         B.zero_()
 
 

@@ -10,13 +10,14 @@ the call: the registered attention function hands it each layer's heads.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import AttentionInterface, AutoConfig, GenerationConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
 from medground.config import LoraConfig
@@ -51,19 +52,44 @@ class Store(Protocol):
         """k and v [T, Hkv, D] of one layer."""
 
 
-def check_model(folder: Path) -> None:
+def check_model(folder: Path) -> Qwen2_5_VLConfig:
     """See whether a folder holds a Qwen2.5-VL with weights as safetensors.
+
+    Returns:
+        Its configuration.
 
     Raises:
         ValueError: it does not.
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: want a model folder with config.json; it has none")
-    kind = AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type
-    if kind != "qwen2_5_vl":
-        raise ValueError(f"{folder}: want model_type qwen2_5_vl; got {kind!r}")
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if config.model_type != "qwen2_5_vl":
+        raise ValueError(f"{folder}: want model_type qwen2_5_vl; got {config.model_type!r}")
     if not list(folder.glob("*.safetensors")):
         raise ValueError(f"{folder}: want weights as .safetensors; it has none")
+    return config
+
+
+def empty_policy(folder: Path, dtype: torch.dtype) -> Policy:
+    """A model folder's policy without its weights: they are on "meta", in `dtype`; buffers are there already.
+
+    Raises:
+        ValueError: the folder holds no such model.
+    """
+    config = check_model(folder)
+    for part in (config, config.text_config, config.vision_config):
+        part.dtype = dtype
+    with torch.device("meta"):
+        vlm = Qwen2_5_VLForConditionalGeneration(config)
+    vlm.to(dtype)
+    if (folder / "generation_config.json").is_file():
+        vlm.generation_config = GenerationConfig.from_pretrained(folder)
+    for module in list(vlm.modules()):
+        if list(module.buffers(recurse=False)):  # rotary frequencies, float32 whatever the weights
+            for name, buffer in type(module)(module.config).named_buffers():
+                setattr(module, name, buffer)
+    return Policy(vlm)
 
 
 def load_policy(folder: Path, dtype: torch.dtype = torch.float32) -> Policy:
@@ -90,8 +116,11 @@ class Policy(nn.Module):
         vlm.config.vision_config._attn_implementation = _VISION
         self.vlm, self.lora = vlm, LoraConfig()
 
-    def add_adapters(self, lora: LoraConfig, seed: int) -> None:
-        """Freeze the model and train adapters in its place, which begin as the seed says; before it is sharded."""
+    def add_adapters(self, lora: LoraConfig, seed: int | None) -> None:
+        """Freeze the model and train adapters in its place, which begin as the seed says; before it is sharded.
+
+        Without a seed they are not drawn yet.
+        """
         add_adapters(self.vlm, lora, seed)
         self.lora = lora
 
@@ -107,17 +136,31 @@ class Policy(nn.Module):
             part._attn_implementation = "sdpa"
         return config
 
-    def empty_copy(self, dtype: torch.dtype) -> Policy:
-        """A policy of the same shape on the same device, frozen, in `dtype`, whose weights are not filled in yet."""
+    def empty_copy(self, dtype: torch.dtype, device: torch.device, shared: Mapping[str, Tensor]) -> Policy:
+        """A policy of the same shape, frozen, in `dtype`, whose weights are not filled in yet.
+
+        Args:
+            dtype: of the weights.
+            device: where they are.
+            shared: weights to take as they are, by name; they stay the caller's.
+        """
         with torch.device("meta"):
             vlm = Qwen2_5_VLForConditionalGeneration(self.plain_config())
-        vlm = vlm.to(dtype).to_empty(device=self.device)
-        vlm.tie_weights()
         vlm.generation_config = self.vlm.generation_config
-        for name, buffer in self.vlm.named_buffers():  # not computed on "meta", and float32 whatever the weights
-            module, _, own = name.rpartition(".")
-            setattr(vlm.get_submodule(module), own, buffer.clone())
-        return Policy(vlm).eval().requires_grad_(False)
+        copied = Policy(vlm).eval()
+        for name, empty in list(copied.named_parameters()):  # tied ones once
+            weight = shared.get(name)
+            weight = torch.empty_like(empty, dtype=dtype, device=device) if weight is None else weight
+            copied.set_tensor(name, nn.Parameter(weight, requires_grad=False))
+        vlm.tie_weights()
+        for name, buffer in self.named_buffers():  # not computed on "meta", and float32 whatever the weights
+            copied.set_tensor(name, buffer.clone())
+        return copied
+
+    def set_tensor(self, name: str, value: Tensor) -> None:
+        """Put a parameter or buffer in the place of another."""
+        module, _, own = name.rpartition(".")
+        setattr(self.get_submodule(module), own, value)
 
     @property
     def device(self) -> torch.device:

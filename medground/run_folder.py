@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import math
 import os
 import platform
+import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -16,6 +20,14 @@ import torch
 
 from medground import __version__
 from medground.config import Config, differing_fields, load_config, save_config
+
+LOCK = ".lock"
+
+
+def restarted(config: Config) -> bool:
+    """Whether torchrun or SLURM started this run again after a failure, so that it goes on by itself."""
+    attempts = [os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")]
+    return any(attempt not in ("", "0") for attempt in attempts) and (Path(config.out) / "config.json").is_file()
 
 
 def check_folder(config: Config, data_hash: str) -> None:
@@ -37,30 +49,54 @@ def check_folder(config: Config, data_hash: str) -> None:
         differing = differing_fields(config, load_config(saved))
         if differing:
             raise ValueError(f"{config.out}: want the configuration it was started with; got {'; '.join(differing)}")
-        if json.loads((out / "environment.json").read_text())["data_sha256"] != data_hash:
-            raise ValueError(f"{config.data.path}: want the records that {config.out} was started with; they changed")
+        started = out / "environment.json"  # missing where the run was stopped before it had written it
+        if started.exists() and json.loads(started.read_text())["data_sha256"] != data_hash:
+            folders = ", ".join(config.data.path)
+            raise ValueError(f"{folders}: want the records that {config.out} was started with; they changed")
     elif saved.exists():
         raise ValueError(f"{config.out}: want a folder without a run; it holds one (--resume continues it)")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir())):
         raise ValueError(f"{config.out}: want a new or an empty folder; it holds other files")
 
 
 class RunFolder:
     """Writes a run's files; only the first rank has one."""
 
-    def __init__(self, config: Config, environment: dict[str, Any]):
-        """Create the folder, or continue in it."""
-        self.path = Path(config.out)
-        for part in ("samples", "checkpoints", "eval", "tensorboard"):
-            (self.path / part).mkdir(parents=True, exist_ok=True)
-        _write_json(self.path / "environment.json", environment)
-        if not config.resume:
-            save_config(config, self.path / "config.json")
+    def __init__(self, config: Config):
+        """Take hold of the folder, made where it is missing, for as long as this process lives.
 
-    def start(self, step: int) -> None:
-        """Forget what was logged past `step`, and log on from there."""
+        Raises:
+            ValueError: another process holds it, or it cannot be written.
+        """
+        self.path = Path(config.out)
+        try:
+            for part in ("samples", "checkpoints", "eval", "skipped", "tensorboard"):
+                (self.path / part).mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / LOCK).open("a+")
+        except OSError as error:
+            raise ValueError(f"{error.filename}: want a folder that can be written; got: {error.strerror}") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.seek(0)
+            holder = self._lock.read() or "unknown"
+            self._lock.close()
+            raise ValueError(f"{config.out}: want a folder that no run writes to; {holder} does") from None
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._lock.flush()
+
+    def start(self, config: Config, environment: dict[str, Any], step: int) -> None:
+        """Write what the run is, forget what was written past `step`, and log on from there."""
         from torch.utils.tensorboard import SummaryWriter  # a second to import, for one rank alone
 
+        if not config.resume:
+            save_config(config, self.path / "config.json")
+        _write_json(self.path / "environment.json", environment)
+        for part in ("samples", "eval", "skipped"):
+            for file in (self.path / part).glob("step-*"):
+                if int(re.match(r"step-(\d+)", file.name)[1]) > step:  # type: ignore[index]
+                    file.unlink()
         path = self.path / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         # a line that a crash cut short is past the checkpoint too
@@ -69,12 +105,18 @@ class RunFolder:
         self._metrics = path.open("a")
         self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
 
+    def has(self, name: str) -> bool:
+        """Whether the folder holds a file."""
+        return (self.path / name).exists()
+
     def log(self, metrics: dict[str, float]) -> None:
-        """Append a step to metrics.jsonl and TensorBoard."""
-        self._metrics.write(json.dumps(metrics) + "\n")
+        """Append a step to metrics.jsonl and TensorBoard; what is not finite is null there and missing here."""
+        finite = _finite(metrics)
+        self._metrics.write(json.dumps(finite) + "\n")
         self._metrics.flush()
-        for name, value in metrics.items():
-            if name != "step":
+        os.fsync(self._metrics.fileno())  # before a checkpoint says that the step is done
+        for name, value in finite.items():
+            if name != "step" and value is not None:
                 self._board.add_scalar(name, value, int(metrics["step"]))
         self._board.flush()
 
@@ -85,8 +127,8 @@ class RunFolder:
                 self._board.add_scalar(f"held_out/{name}", estimate["value"], step)
 
     def write_rows(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
-        """Write JSON lines."""
-        _write_text(self.path / name, "".join(json.dumps(row) + "\n" for row in rows))
+        """Write JSON lines; numbers that are not finite become null."""
+        _write_text(self.path / name, "".join(json.dumps(_finite(row)) + "\n" for row in rows))
 
     def write_json(self, name: str, value: Any) -> None:
         """Write one JSON value."""
@@ -102,9 +144,11 @@ class RunFolder:
         return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
 
     def close(self) -> None:
-        """Flush TensorBoard."""
-        self._metrics.close()
-        self._board.close()
+        """Flush TensorBoard and let go of the folder."""
+        if hasattr(self, "_metrics"):
+            self._metrics.close()
+            self._board.close()
+        self._lock.close()
 
 
 def environment(ranks: int, seed: int, data_hash: str, model: str) -> dict[str, Any]:
@@ -136,11 +180,20 @@ def _commit() -> str | None:
         return None  # installed without its history
 
 
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN."""
+    bad = {name: None for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
+    return row | bad
+
+
 def _write_json(path: Path, value: Any) -> None:
     _write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def _write_text(path: Path, text: str) -> None:
     aside = path.with_name(path.name + ".partial")
-    aside.write_text(text)
+    with aside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(aside, path)

@@ -27,7 +27,7 @@ import numpy as np
 from medground.records import Box, Example
 from medground.set_iou import Floats, box_array, box_ious, set_iou, set_ious
 
-__all__ = ["Prediction", "blind_baseline", "score", "set_iou"]
+__all__ = ["Prediction", "blind_baseline", "score", "set_iou", "side_word"]
 
 THRESHOLDS = (0.3, 0.5, 0.7)
 CATEGORY_METRICS = ("miou", "acc@0.5")
@@ -140,7 +140,7 @@ def blind_baseline(train: Sequence[Example], test: Sequence[Example]) -> dict[st
     return score(predictions)
 
 
-def _side_word(phrase: str) -> str:
+def side_word(phrase: str) -> str:
     """'left' or 'right' when the phrase has one of the two words, else ''."""
     found = {word for word in re.findall(r"\w+", phrase.lower()) if word in ("left", "right")}
     return found.pop() if len(found) == 1 else ""
@@ -162,7 +162,7 @@ def _centre_hit(p: Prediction) -> float:
 
 def _side(p: Prediction) -> float:
     truth, answer = _first_centre(p.truth), _first_centre(p.boxes)
-    if truth is None or truth[0] == p.width / 2 or not _side_word(p.phrase):
+    if truth is None or truth[0] == p.width / 2 or not side_word(p.phrase):
         return float("nan")
     return float(answer is not None and (answer[0] - p.width / 2) * (truth[0] - p.width / 2) > 0)
 
@@ -226,7 +226,7 @@ def _extent(example: Example) -> Floats:
 
 def _blind_keys(example: Example) -> tuple[Hashable, ...]:
     phrase = example.phrase.strip().lower()
-    return ("phrase", phrase), (example.category, _side_word(phrase)), (example.category,), ()
+    return ("phrase", phrase), (example.category, side_word(phrase)), (example.category,), ()
 
 
 def _best_constant(records: list[Floats]) -> Floats:

@@ -18,23 +18,28 @@ class Splits(NamedTuple):
     test: list[Example]
 
 
-def evaluate_test(asker: Asker, splits: Splits, run: RunFolder | None, step: int) -> None:
-    """Evaluate on the whole test split, with true and with shuffled images, and on the curve's records."""
-    split = asker.config.data.test_split
-    true = evaluate(asker, splits.test, title=f"held out, step {step}")
-    shuffled = evaluate(asker, splits.test, shuffled=True, title=f"shuffled images, step {step}")
-    if run:
-        _write(run, f"step-{step:06d}", {"step": step, "split": split, "images": "true"}, true)
-        _write(run, f"step-{step:06d}.shuffled", {"step": step, "split": split, "images": "shuffled"}, shuffled)
-    evaluate_curve(asker, splits, run, step)
+def evaluate_if_due(asker: Asker, splits: Splits, run: RunFolder | None, step: int) -> None:
+    """The evaluation that belongs after `step` steps, unless it is written already.
 
-
-def evaluate_curve(asker: Asker, splits: Splits, run: RunFolder | None, step: int) -> None:
-    """Evaluate on the curve's records."""
+    Before the first step and after the last one it is on the whole test split, with true and with shuffled images; then
+    and every `evaluation.every` steps on the curve's records.
+    """
+    config, name = asker.config, f"step-{step:06d}"
+    ends, every = step in (0, config.steps), config.evaluation.every
+    curve = f"{name}.curve"  # written last
+    if not (ends or (every and step % every == 0)) or asker.ranks.gather(run and run.has(f"eval/{curve}.json"))[0]:
+        return
+    if ends:
+        split = config.data.test_split
+        true = evaluate(asker, splits.test, title=f"held out, step {step}")
+        shuffled = evaluate(asker, splits.test, shuffled=True, title=f"shuffled images, step {step}")
+        if run:
+            _write(run, name, {"step": step, "split": split, "images": "true"}, true)
+            _write(run, f"{name}.shuffled", {"step": step, "split": split, "images": "shuffled"}, shuffled)
     predictions = evaluate(asker, splits.curve, title=f"curve, step {step}")
     if run:
-        head = {"step": step, "split": asker.config.data.curve_split, "images": "true"}
-        scores = _write(run, f"step-{step:06d}.curve", head, predictions)
+        head = {"step": step, "split": config.data.curve_split, "images": "true"}
+        scores = _write(run, curve, head, predictions)
         run.log_held_out(step, scores["metrics"])
 
 

@@ -10,147 +10,212 @@ micro-batch.
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
-from transformers import AutoConfig
+from transformers import Qwen2_5_VLConfig
 
-from medground.checkpoint import export_policy, load_checkpoint, save_checkpoint
-from medground.config import Config, differing_fields
+from medground.adamw import set_learning_rate
+from medground.augmentation import never_mirrored
+from medground.build import Score, build_optimizer, build_policy, build_reference
+from medground.checkpoint import Checkpoints
+from medground.config import Config
 from medground.costs import network_of, peak_of, sizes_of, step_operations
-from medground.datasets.manifest import load_records, records_hash, select
 from medground.evaluate import Asker, read_answer
-from medground.lora import need_peft
+from medground.export import export_policy
+from medground.job.interruption import InterruptedRun, Interruption
+from medground.job.memory import memory_explained
+from medground.job.watch import watch
+from medground.loading import Loader, PromptMaker, prompts_of_steps
 from medground.micro_batches import Load, deal
 from medground.packing import Packed, pack
-from medground.policy import Policy, check_model, load_policy
-from medground.prompts import Processor, load_processor, prompt_tokens
-from medground.records import Example, Group, Prompt
+from medground.policy import Policy
+from medground.preflight import check_job
+from medground.records import Group, Prompt
 from medground.report.page import write_report
-from medground.rewards.total import score_answers
+from medground.rewards.total import Scorer, group_means
 from medground.rollout.cache import Sampling
-from medground.rollout.engine import Engine, Limits, plan_cache
-from medground.run_folder import RunFolder, check_folder, environment
-from medground.sharding import Ranks, SharedError, WholeCopy, compute_dtype, join_ranks, shard
+from medground.rollout.engine import Engine
+from medground.run_folder import RunFolder, environment, restarted
+from medground.sharding import Ranks, WholeCopy, compute_dtype, join_ranks, reduce_gradients
 from medground.step_metrics import Clock, Totals, sample_rows, step_totals, update_statistics
-from medground.summary import Splits, evaluate_curve, evaluate_test, summarise
-from medground_kernels.group_advantage import group_advantage
-from medground_kernels.token_logprob import TokenLogprob
+from medground.summary import Splits, evaluate_if_due, summarise
+from medground.taking_part import advantages_of, taking_part
 from medground_kernels.varlen_attention import backend_name
-
-Score = Callable[[Packed, float], TokenLogprob]
-"""`Policy.forward`, or what stands in for it."""
 
 
 def train(config: Config) -> None:
-    """Train, evaluate and export as `config` says.
+    """Train, evaluate and export as `config` says; SIGTERM and SIGUSR1 end it early, its state saved.
 
     Raises:
         ValueError: the configuration, the data, the model or the folder is not usable; raised on
             every rank, before the first step.
+        DivergedError, CheckpointError, OutOfMemory: the run cannot go on; checkpoints are as they were.
     """
-    started = time.perf_counter()
-    with join_ranks() as ranks:
-        splits, data_hash, model_folder, processor, limits = _check(config, ranks)
-        policy = shard(_load(model_folder, config, ranks), ranks, config.model.precision)
-        reference = _reference(policy, model_folder, config, ranks)
-        optimizer = _optimizer(policy, config)
-        whole = WholeCopy(policy, ranks, config.model.precision)
-        if config.model.compile:
-            whole.policy.compile_layers()
-        engine = Engine(whole.policy, processor.tokenizer, limits)
-        asker = Asker(policy, whole, engine, processor, config, ranks)
-        if ranks.is_first:
-            half = whole.policy.vlm.dtype != torch.float32
-            print(f"attention: {backend_name(ranks.device if half else 'cpu')}")
+    started, timeout = time.perf_counter(), 60 * config.timeout_minutes
+    with (
+        join_ranks(2 * timeout) as ranks,
+        watch(ranks.progress, ranks.store, ranks.rank, ranks.size, timeout),
+        memory_explained(ranks.progress),
+        Interruption() as interruption,
+    ):
+        config = replace(config, resume=config.resume or ranks.any(restarted(config)))
+        splits, order, data_hash, model_folder, processor, limits = check_job(config, ranks)
+        asked, config = config, config.in_steps(len(splits.train))
+        ranks = ranks.arranged(config.sharding.replicas)
+        held = ranks.together(lambda: RunFolder(config) if ranks.is_first else None)
+        checkpoints = Checkpoints(Path(config.out) / "checkpoints", ranks, config.checkpoint.keep)
+        make = PromptMaker(config.data.path, processor, config.prompt.template, config.data.augment, config.seed)
+        workers, mine = config.data.workers, config.rollout.prompts_per_step // ranks.size
+        with (
+            closing(held) if held else nullcontext() as run,
+            closing(checkpoints),
+            closing(Loader(make, workers=workers, ahead=mine)) as training,
+            closing(Loader(make, workers=workers, ahead=8)) as loader,
+        ):
+            ranks.progress.now("load")
+            policy = build_policy(model_folder, config, ranks)
+            reference = build_reference(policy, model_folder, config, ranks)
+            optimizer = build_optimizer(policy, config)
+            whole = WholeCopy(policy, ranks, config.model.precision)
+            if config.model.compile:
+                whole.policy.compile_layers()
+            engine = Engine(whole.policy, processor.tokenizer, limits)
+            asker = Asker(policy, whole, engine, loader, config, ranks, interruption)
+            if ranks.is_first:
+                half = whole.policy.vlm.dtype != torch.float32
+                print(f"attention: {backend_name(ranks.device if half else 'cpu')}")
 
-        done = load_checkpoint(Path(config.out) / "checkpoints", policy, optimizer) if config.resume else 0
-        facts = environment(ranks.size, config.seed, data_hash, config.model.path)
-        run = RunFolder(config, facts) if ranks.is_first else None
-        if run:
-            run.start(done)
-        if not done:
-            evaluate_test(asker, splits, run, step=0)
-        _steps(asker, reference, optimizer, splits, run, done)
-        # a run may have been stopped after its last checkpoint, within its last evaluation
-        last_written = Path(config.out) / "eval" / f"step-{config.steps:06d}.curve.json"
-        if done < config.steps or not ranks.gather(last_written.exists())[0]:
-            evaluate_test(asker, splits, run, step=config.steps)
-        export_policy(Path(config.out) / "export", policy, model_folder, ranks, config.model.path)
-        if run:
-            with closing(run):
-                run.write_json("summary.json", summarise(config, splits, run, facts, time.perf_counter() - started))
-            write_report(run.path, Path(config.data.path), run.path / "report.html")
+            done, facts = checkpoints.load(policy, optimizer) if config.resume else (0, {})
+            described = environment(ranks.size, config.seed, data_hash, config.model.path)
+            if config.data.augment.flip:
+                described["records_never_mirrored"] = never_mirrored(splits.train)
+            if run:
+                run.start(asked, described, done)
+            batches = prompts_of_steps(training, order, config, ranks, done)
+            if not _steps(asker, batches, reference, optimizer, splits, run, checkpoints, done, facts):
+                return
+            ranks.progress.now("export")
+            export_policy(Path(config.out) / "export", policy, model_folder, ranks, config.model.path)
+            if run:
+                seconds = time.perf_counter() - started
+                run.write_json("summary.json", summarise(config, splits, run, described, seconds))
+                write_report(run.path, config.data.path, run.path / "report.html")
 
 
 def _steps(
     asker: Asker,
+    batches: Iterator[list[Prompt]],
     reference: Score | None,
     optimizer: torch.optim.Optimizer,
     splits: Splits,
     run: RunFolder | None,
+    checkpoints: Checkpoints,
     done: int,
-) -> None:
-    """Every step from `done` on."""
+    facts: dict[str, Any],
+) -> bool:
+    """Every step from `done` on, and the evaluations between them; False where a signal ended it."""
     config, ranks, policy = asker.config, asker.ranks, asker.policy
-    batches = _batches(asker, splits.train, done)
-    bar = tqdm(range(done, config.steps), initial=done, total=config.steps, desc="GRPO", disable=not ranks.is_first)
+    bar = tqdm(range(done, config.steps + 1), initial=done, total=config.steps, desc="GRPO", disable=not ranks.is_first)
     network, peak = network_of(policy), peak_of(ranks, compute_dtype(ranks, config.model.precision))
-    saving = 0.0
-    for step in bar:
-        clock = Clock(saving, peak)
-        prompts = next(batches)
-        clock.lap("data")
+    saving, saved, skipped = 0.0, done, facts.get("skipped", 0)
+    limit = config.rollout.max_new_tokens
+    scorer = Scorer(config.reward, config.prompt.template, limit, ranks.device, splits.train)
+    scorer.load(facts)
+    try:
+        for step in bar:  # the weights are those after `step` steps
+            asker.interruption.agree(ranks)
+            if ranks.any(checkpoints.failed):
+                checkpoints.wait()
+            evaluate_if_due(asker, splits, run, step)
+            if step == config.steps:
+                break
+            clock = Clock(saving, peak)
+            ranks.progress.now("data", f"step {step + 1}")
+            prompts = next(batches)
+            clock.lap("data")
 
-        groups = _roll_out(asker, prompts, step)
-        clock.lap("prefill", asker.engine.stats.prefill_seconds)
-        clock.lap("decode")
+            groups = _roll_out(asker, prompts, step)
+            clock.lap("prefill", asker.engine.stats.prefill_seconds)
+            clock.lap("decode")
 
-        answers = [[read_answer(r.text, g.prompt) for r in g.rollouts] for g in groups]
-        rewards = score_answers(answers, [g.prompt.example.boxes for g in groups], config.reward)
-        advantages = group_advantage(rewards.total, normalize=config.loss.advantage)  # [B, G]
-        clock.lap("reward")
+            answers = [[read_answer(r.text, g.prompt) for r in g.rollouts] for g in groups]
+            rewards = scorer(groups, answers)
+            advantages = advantages_of(rewards, config.loss)  # [B, G]
+            in_update = taking_part(groups, rewards, config.loss)  # [B, G]
+            clock.lap("reward")
 
-        work = step_operations(network, sizes_of(groups), scorings=_scorings(config), epochs=config.loss.inner_epochs)
-        totals = step_totals(groups, rewards, asker.engine.stats, work, ranks)
-        micro = _micro_batches(policy, groups, advantages, config, ranks)
-        _score(policy, reference, micro, config)
-        clock.lap("score")
+            work = step_operations(
+                network, sizes_of(groups), scorings=_scorings(config), epochs=config.loss.inner_epochs
+            )
+            totals = step_totals(groups, rewards, asker.engine.stats, work, ranks)
+            trained = totals.of(groups, in_update, ranks)
+            micro = _micro_batches(policy, groups, advantages, config, ranks, in_update)
+            largest = max(micro, key=lambda batch: len(batch.packed.input_ids))
+            ranks.progress.now("score", f"step {step + 1}: {largest.shapes}")
+            _score(policy, reference, micro, config)
+            clock.lap("score")
 
-        updated = _update(policy, optimizer, micro, totals, config, ranks, step, clock)
-        clock.lap("update")
+            updated = _update(policy, optimizer, micro, trained, config, ranks, step, clock)
+            clock.lap("update")
 
-        metrics = {"step": step + 1} | totals.means | updated | clock.seconds(totals)
-        if run:
-            run.log(metrics)
-            bar.set_postfix_str(f"reward {metrics['reward']:.3f}, IoU {metrics['iou']:.3f}")
-        if (step + 1) % config.samples_every == 0 or step in (0, config.steps - 1):
-            shares = ranks.gather(sample_rows(groups, answers, rewards, advantages))
+            metrics = {"step": step + 1} | totals.means | updated | clock.seconds(totals)
+            if scorer.threshold is not None:  # that this step was scored by
+                metrics["threshold"] = scorer.threshold
+                scorer.observe([pair for share in ranks.gather(group_means(rewards)) for pair in share])
             if run:
-                run.write_rows(f"samples/step-{step + 1:06d}.jsonl", (row for share in shares for row in share))
-        if config.evaluation.every and (step + 1) % config.evaluation.every == 0 and step + 1 < config.steps:
-            evaluate_curve(asker, splits, run, step + 1)
-        start = time.perf_counter()
-        if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.steps:
-            folder = Path(config.out) / "checkpoints"
-            save_checkpoint(folder, step + 1, policy, optimizer, ranks, config.checkpoint.keep)
-        saving = time.perf_counter() - start
+                run.log(metrics)
+                bar.set_postfix_str(f"reward {metrics['reward']:.3f}, IoU {metrics['iou']:.3f}")
+            skipped = skipped + 1 if updated["skipped_updates"] else 0
+            parts = ["skipped"] if skipped else []
+            if (step + 1) % config.samples_every == 0 or step in (0, config.steps - 1):
+                parts.append("samples")
+            if parts:
+                shares = ranks.gather(sample_rows(groups, answers, rewards, advantages))
+                rows = [row for share in shares for row in share]
+                for part in parts:
+                    if run:
+                        run.write_rows(f"{part}/step-{step + 1:06d}.jsonl", rows)
+            if skipped > config.optimizer.max_skipped:
+                raise DivergedError(
+                    f"optimizer.max_skipped: gradients were not finite in {skipped} steps in a row, up to step "
+                    f"{step + 1}; {config.out}/skipped has their completions"
+                )
+            start = time.perf_counter()
+            if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.steps:
+                checkpoints.save(step + 1, policy, optimizer, {"skipped": skipped} | scorer.state())
+                saved = step + 1
+            saving = time.perf_counter() - start
+        checkpoints.wait()
+    except InterruptedRun as signal:
+        ranks.progress.now("checkpoint", f"step {step}")
+        if step > saved:
+            checkpoints.save(step, policy, optimizer, {"skipped": skipped} | scorer.state())
+        checkpoints.wait()
+        if ranks.is_first:
+            print(f"medground: {signal}: ended after {step} of {config.steps} steps; --resume goes on", file=sys.stderr)
+        return False
+    return True
+
+
+class DivergedError(RuntimeError):
+    """Gradients are not finite, again and again; raised on every rank."""
 
 
 def _roll_out(asker: Asker, prompts: Sequence[Prompt], step: int) -> list[Group]:
-    """The completions of this rank's prompts, in their order."""
+    """The completions of this rank's prompts, in their order.
+
+    Raises:
+        InterruptedRun: a signal asked some rank to end.
+    """
     r, first = asker.config.rollout, asker.ranks.is_first
+    asker.ranks.progress.now("rollout", f"step {step + 1}: {len(prompts)} prompts, {r.group_size} completions of each")
     asker.whole.refresh()
     with tqdm(total=len(prompts) * r.group_size, desc="rollout", disable=not first, leave=False) as bar:
         found = asker.engine.roll_out(
@@ -161,23 +226,11 @@ def _roll_out(asker: Asker, prompts: Sequence[Prompt], step: int) -> list[Group]
             seed=asker.config.seed,
             step=step,
             bar=bar,
+            stop=asker.stop,
         )
-        return [group for _, group in sorted(found, key=lambda pair: pair[0])]
-
-
-def _batches(asker: Asker, examples: Sequence[Example], first: int) -> Iterator[list[Prompt]]:
-    """This rank's prompts of each step from `first` on; the next step's are made while one runs."""
-
-    def prompts_of(step: int) -> list[Prompt]:
-        return [asker.prompt(example) for example in _share(examples, asker.config, asker.ranks, step)]
-
-    with ThreadPoolExecutor(1) as maker:
-        waiting = maker.submit(prompts_of, first)
-        for step in range(first, asker.config.steps):
-            prompts = waiting.result()
-            if step + 1 < asker.config.steps:
-                waiting = maker.submit(prompts_of, step + 1)
-            yield prompts
+        groups = [group for _, group in sorted(found, key=lambda pair: pair[0])]
+    asker.interruption.agree(asker.ranks)
+    return groups
 
 
 @dataclass
@@ -189,6 +242,7 @@ class MicroBatch:
         advantages: float32 [S].
         sampled_logp: float32 [N], as they came with the tokens.
         counts: False where this rank has no groups left while others have; it runs along and trains on nothing.
+        tokens: of the N, those that are trained on.
         old_logp: float32 [N], of the old policy; None for the policy as it is.
         ref_logp: float32 [N], of the reference policy, if there is one.
     """
@@ -197,44 +251,78 @@ class MicroBatch:
     advantages: Tensor
     sampled_logp: Tensor
     counts: bool
+    tokens: int
     old_logp: Tensor | None = None
     ref_logp: Tensor | None = None
 
+    @property
+    def shapes(self) -> str:
+        """What it takes, in words."""
+        tokens, images = len(self.packed.input_ids), len(self.packed.image_grids)
+        S, N = len(self.advantages), len(self.packed.targets)
+        return f"a micro-batch of {tokens} tokens, {images} images, {S} completions of {N} tokens in all"
+
 
 def _micro_batches(
-    policy: Policy, groups: Sequence[Group], advantages: Tensor, config: Config, ranks: Ranks
+    policy: Policy,
+    groups: Sequence[Group],
+    advantages: Tensor,
+    config: Config,
+    ranks: Ranks,
+    kept: Tensor | None = None,
 ) -> list[MicroBatch]:
-    """Deal all ranks' groups out, evenly by work: how they are cut and dealt changes nothing."""
+    """Deal all ranks' groups out, evenly by work: how they are cut and dealt changes nothing.
+
+    Of groups, advantages and `kept` [B, G] (None for all) those of which nothing is kept go no further.
+    """
+    kept = torch.ones_like(advantages, dtype=torch.bool) if kept is None else kept
+    everything = list(zip(groups, advantages, kept, strict=True))
+    own = [item for item in everything if item[2].any()]
+    if not ranks.any(bool(own)):  # nothing to learn from: all run along, since ranks must stay in step
+        own = everything
     budget, patch_cost, vlm = config.loss.micro_batch_tokens, policy.patch_cost, policy.vlm.config
     loads = []
-    for group in groups:
+    for group, _, _ in own:
         tokens = len(group.prompt.input_ids) + sum(len(r.tokens) for r in group.rollouts)
         loads.append(Load(tokens, tokens + patch_cost * len(group.prompt.pixel_values)))
     dealt = deal(ranks.gather(loads), budget)
     mine = [place for places in dealt[ranks.rank] for place in places]
     outgoing = [
-        (rank, (groups[place.number], advantages[place.number]))
+        (rank, own[place.number])
         for rank, cuts in enumerate(dealt)
         for place in (place for places in cuts for place in places)
         if place.home == ranks.rank != rank
     ]
     coming = [place for place in mine if place.home != ranks.rank]
     moved = dict(zip(coming, ranks.exchange(outgoing, [place.home for place in coming]), strict=True))
-    held = {p: moved[p] if p in moved else (groups[p.number], advantages[p.number]) for p in mine}
-    smallest = min(held.values(), key=lambda item: sum(len(r.tokens) for r in item[0].rollouts))
-    micro = []
-    for places in dealt[ranks.rank]:
-        items = [held[place] for place in places] or [smallest]
-        chunk = [group for group, _ in items]
-        micro.append(
-            MicroBatch(
-                packed=pack(chunk, vlm, ranks.device),
-                advantages=torch.cat([advantage for _, advantage in items]).to(ranks.device),
-                sampled_logp=torch.cat([r.logp for g in chunk for r in g.rollouts]).to(ranks.device),
-                counts=bool(places),
-            )
-        )
-    return micro
+    held = {p: moved[p] if p in moved else own[p.number] for p in mine}
+    smallest = min(held.values() or everything, key=lambda item: sum(len(r.tokens) for r in item[0].rollouts))
+    return [
+        _micro_batch([held[place] for place in places], smallest, vlm, ranks.device) for places in dealt[ranks.rank]
+    ]
+
+
+def _micro_batch(
+    items: Sequence[tuple[Group, Tensor, Tensor]],
+    spare: tuple[Group, Tensor, Tensor],
+    vlm: Qwen2_5_VLConfig,
+    device: torch.device,
+) -> MicroBatch:
+    """Groups with their advantages [G] and which completions take part [G]; `spare` where there are none."""
+    chunk, advantages, kept = zip(*(items or [spare]), strict=True)
+    packed = pack(chunk, vlm, device)
+    lengths = torch.tensor([len(r.tokens) for group in chunk for r in group.rollouts])
+    here = torch.cat(kept).repeat_interleave(lengths)  # [N]
+    if not here.all():
+        # a negative target takes no part in the loss
+        packed = packed._replace(targets=packed.targets.masked_fill(~here.to(device), -1))
+    return MicroBatch(
+        packed=packed,
+        advantages=torch.cat(advantages).to(device),
+        sampled_logp=torch.cat([r.logp for g in chunk for r in g.rollouts]).to(device),
+        counts=bool(items),
+        tokens=int(here.sum()),
+    )
 
 
 def _scorings(config: Config) -> int:
@@ -266,21 +354,21 @@ def _update(
     step: int,
     clock: Clock,
 ) -> dict[str, float]:
-    """`inner_epochs` optimizer steps on this rank's micro-batches."""
+    """`inner_epochs` optimizer steps on this rank's micro-batches; one whose gradient is not finite is left out."""
     options = config.loss.options(
         temperature=config.rollout.temperature, max_completion_length=config.rollout.max_new_tokens
     )
     lr = _learning_rate(config, step)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    set_learning_rate(optimizer, lr)
 
-    stats, losses, norms, gaps = [], [], [], []
+    stats, losses, norms, gaps, skipped = [], [], [], [], 0
     for epoch in range(config.loss.inner_epochs):
         for i, batch in enumerate(micro):
-            cast(FSDPModule, policy).set_requires_gradient_sync(i + 1 == len(micro))
+            ranks.progress.now("update", f"step {step + 1}: {batch.shapes}")
+            reduce_gradients(policy, last=i + 1 == len(micro), each=config.sharding.reduce == "each")
             # dapo and cispo are normalised by all tokens already, the others by the sequences of this micro-batch
             share = 1.0 if options.loss_type in ("dapo", "cispo") else len(batch.advantages) / totals.sequences
-            bonus = options.entropy_coef * len(batch.packed.targets) / totals.tokens / share  # a mean over this batch
+            bonus = options.entropy_coef * batch.tokens / totals.tokens / share  # a mean over this batch
             loss, stat, logp = policy.loss(
                 batch.packed,
                 batch.advantages,
@@ -295,15 +383,20 @@ def _update(
                 losses.append(loss.detach() * share)
                 stats.append(stat)
                 if not epoch:
-                    gaps.append(logp - batch.sampled_logp)
+                    gap = logp - batch.sampled_logp
+                    gaps.append(gap if batch.tokens == len(gap) else gap[batch.packed.targets >= 0])
         clock.lap("update")
-        limit = config.optimizer.max_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), limit, error_if_nonfinite=True)
+        ranks.progress.now("optimizer", f"step {step + 1}")
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.optimizer.max_grad_norm)
         norms.append(norm.full_tensor())  # type: ignore[attr-defined]  # a DTensor under FSDP2
-        optimizer.step()
+        if norms[-1].isfinite():  # on every rank alike
+            optimizer.step()
+        else:
+            skipped += 1
         optimizer.zero_grad()
         clock.lap("optimizer")
-    return update_statistics(stats, losses, norms, gaps, config.loss.inner_epochs, ranks) | {"lr": lr}
+    statistics = update_statistics(stats, losses, norms, gaps, config.loss.inner_epochs, ranks)
+    return statistics | {"lr": lr, "skipped_updates": skipped}
 
 
 def _learning_rate(config: Config, step: int) -> float:
@@ -312,126 +405,6 @@ def _learning_rate(config: Config, step: int) -> float:
         return o.lr * (step + 1) / o.warmup_steps
     left = (config.steps - 1 - step) / max(config.steps - 1 - o.warmup_steps, 1)
     return o.lr * (o.final_lr_fraction + (1 - o.final_lr_fraction) * left)
-
-
-def _share(examples: Sequence[Example], config: Config, ranks: Ranks, step: int) -> list[Example]:
-    """This rank's prompts of a step: a slice of an endless stream of shuffled epochs, no record left out.
-
-    Where an epoch ends within a step, a record may stand twice in it, and draws the same completions twice.
-    """
-    B, n = config.rollout.prompts_per_step, len(examples)
-    mine = B // ranks.size
-    first = step * B + ranks.rank * mine
-    positions = range(first, first + mine)
-    orders = {epoch: _order(n, config.seed, epoch) for epoch in {p // n for p in positions}}
-    return [examples[orders[p // n][p % n]] for p in positions]
-
-
-def _order(n: int, seed: int, epoch: int) -> list[int]:
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed + (epoch << 31))).tolist()
-
-
-def _check(config: Config, ranks: Ranks) -> tuple[Splits, str, Path, Processor, Limits]:
-    """Everything a user may have got wrong, before any work: the same answer on every rank."""
-    first, *others = ranks.gather(config)
-    for rank, other in enumerate(others, 1):
-        if differing := differing_fields(first, other):
-            raise SharedError(f"rank {rank} was started with another configuration than rank 0: {'; '.join(differing)}")
-    B = config.rollout.prompts_per_step
-    if B % ranks.size:
-        raise SharedError(f"rollout.prompts_per_step: want a multiple of the {ranks.size} ranks; got {B}")
-
-    def check() -> tuple[Splits, str, Path, Processor, Limits]:
-        records = load_records(config.data.path)
-        data_hash = records_hash(config.data.path)
-        check_folder(config, data_hash)
-        model_folder = _model_folder(config.model.path)
-        check_model(model_folder)
-        if config.model.lora.rank:
-            need_peft()
-        processor = load_processor(model_folder, config.data.min_pixels, config.data.max_pixels)
-        names = (config.data.train_split, config.data.curve_split, config.data.test_split)
-        train, curve, test = (select(records, name, config.data.path) for name in names)
-        if not any(example.boxes for example in train):
-            raise ValueError(f"{config.data.path}: want a record with a box in split {names[0]!r}; got none")
-        if len({example.patient for example in test}) < 2:
-            raise ValueError(f"{config.data.path}: want two patients or more in split {names[2]!r} (shuffled images)")
-        splits = Splits(train, curve[: config.evaluation.curve_records], test)
-        examples = [example for split in splits for example in split]
-        limits = _limits(config, examples, processor, model_folder, compute_dtype(ranks, config.model.precision))
-        return splits, data_hash, model_folder, processor, limits
-
-    return ranks.together(check)
-
-
-def _limits(
-    config: Config, examples: Sequence[Example], processor: Processor, model_folder: Path, dtype: torch.dtype
-) -> Limits:
-    """What decoding and training need, once it is certain that every prompt fits with its completions."""
-    tokens = {example.id: prompt_tokens(example, processor, config.prompt.template) for example in examples}
-    wordy, large = max(tokens, key=lambda name: tokens[name][0]), max(tokens, key=lambda name: tokens[name][1])
-    P = tokens[wordy][0] + tokens[large][1]  # evaluation shows a phrase with other records' images as well
-    told = (
-        f"the longest text takes {tokens[wordy][0]} tokens (record {wordy}), "
-        f"the largest image {tokens[large][1]} (record {large})"
-    )
-    text = AutoConfig.from_pretrained(model_folder, trust_remote_code=False).text_config
-    r = config.rollout
-    if P + r.max_new_tokens > text.max_position_embeddings:
-        raise ValueError(
-            f"data.max_pixels, rollout.max_new_tokens: want a prompt and {r.max_new_tokens} new tokens within the "
-            f"model's context of {text.max_position_embeddings} tokens; {told}"
-        )
-    group = P + r.group_size * r.max_new_tokens
-    if group > config.loss.micro_batch_tokens:
-        raise ValueError(
-            f"loss.micro_batch_tokens: want at least {group}, a prompt and {r.group_size} completions of "
-            f"{r.max_new_tokens} tokens; got {config.loss.micro_batch_tokens}; {told}"
-        )
-    limits = Limits(P, r.max_new_tokens, r.max_rows, r.cache_gb * 1e9, r.prefill_tokens)
-    try:
-        plan_cache(text, dtype, limits, prompts=1, copies=1)
-    except ValueError as error:
-        raise ValueError(f"{error}; {told}") from None
-    return limits
-
-
-def _model_folder(path: str) -> Path:
-    if Path(path).is_dir():
-        return Path(path)
-    try:
-        return Path(snapshot_download(path, allow_patterns=["*.json", "*.txt", "*.jinja", "*.safetensors"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise ValueError(f"model.path: want a model folder or a name on the hub; got {path!r}: {error}") from None
-
-
-def _load(model_folder: Path, config: Config, ranks: Ranks) -> Policy:
-    if config.model.lora.rank:
-        policy = load_policy(model_folder, compute_dtype(ranks, config.model.precision))
-        policy.add_adapters(config.model.lora, config.seed)
-    else:
-        policy = load_policy(model_folder)
-        policy.vlm.model.visual.requires_grad_(not config.model.freeze_vision)
-    if config.model.gradient_checkpointing:
-        policy.vlm.gradient_checkpointing_enable({"use_reentrant": False})
-    if config.model.compile:
-        policy.compile_layers()
-    return policy.train()
-
-
-def _reference(policy: Policy, model_folder: Path, config: Config, ranks: Ranks) -> Score | None:
-    """What the KL term holds on to: the policy without its adapters, or else a second copy of the model."""
-    if not config.loss.beta:
-        return None
-    if config.model.lora.rank:
-        return partial(policy, adapters=False)
-    return shard(_load(model_folder, config, ranks), ranks, config.model.precision)
-
-
-def _optimizer(policy: Policy, config: Config) -> torch.optim.Optimizer:
-    o = config.optimizer
-    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(trained, lr=o.lr, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay, fused=True)
 
 
 if __name__ == "__main__":

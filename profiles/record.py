@@ -80,9 +80,8 @@ def record(name: str, out: Path, steps: int = 5) -> dict[str, Any]:
             "device_rates": rates._asdict(),
             "rates": {rate: median(row[rate] for row in metrics) for rate in metrics[0] if rate in RATES},
             "operations": [row["operations"] for row in metrics],
-            "checkpoint_seconds": ours.save(Path(scratch) / "checkpoints"),
             "traced": taken,
-        }
+        } | ours.save(Path(scratch) / "checkpoints")
     out.mkdir(parents=True, exist_ok=True)
     traced.export_chrome_trace(str(out / "trace.json.gz"))
     (out / "page.html").write_text(render_page(result))

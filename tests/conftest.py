@@ -1,8 +1,9 @@
 """What every test needs: switches that must be set before torch and Triton load, and a tiny job."""
 
+import fcntl
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,12 @@ if not CUDA:
     for _file in Path(__file__).parents[1].glob("kernels/*.py"):
         importlib.import_module(f"medground_kernels.{_file.stem}")
     os.environ["TRITON_INTERPRET"] = "0"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, so that none is left to one process at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture
@@ -41,14 +48,28 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         yield request.param
 
 
+def _made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that the first test process makes and the others use."""
+    root = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    with (root / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (root / f"{name}.made").exists():
+            make(root / name)
+            (root / f"{name}.made").touch()
+    return root / name
+
+
 @pytest.fixture(scope="session")
 def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 60 phantom films of 56 pixels."""
     from medground.datasets.phantom import PhantomConfig, write_phantom
 
-    folder = tmp_path_factory.mktemp("phantoms")
-    write_phantom(PhantomConfig(out=str(folder), count=60, val=8, test=16, size=56), workers=1)
-    return folder
+    def make(folder: Path) -> None:
+        write_phantom(PhantomConfig(out=str(folder), count=60, val=8, test=16, size=56), workers=1)
+
+    return _made_once(tmp_path_factory, "phantoms", make)
 
 
 @pytest.fixture(scope="session")
@@ -57,9 +78,10 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from medground.base_config import BaseConfig
     from medground.base_model import build_base
 
-    folder = tmp_path_factory.mktemp("base")
-    build_base(BaseConfig(out=str(folder), films=100, size=56, steps=100, batch_size=16, lr=4e-3))
-    return folder
+    def make(folder: Path) -> None:
+        build_base(BaseConfig(out=str(folder), films=100, size=56, steps=100, batch_size=16, lr=4e-3))
+
+    return _made_once(tmp_path_factory, "base", make)
 
 
 @pytest.fixture(scope="session")

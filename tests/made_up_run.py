@@ -6,7 +6,8 @@ import json
 import numpy as np
 from PIL import Image
 
-from medground.config import PRESETS, save_config
+from medground.config import save_config
+from medground.presets import PRESETS
 
 HOSTILE = (
     "</script><script>alert(1)</script x><!--<script> <img src=http://evil.test/x onerror=alert(2)> &amp; & "

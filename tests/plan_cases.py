@@ -21,7 +21,7 @@ def made_config(folder: Path, shape: Architecture = SHAPE, **changes: object) ->
         out="unused",
         steps=10,
         model=ModelConfig(path=str(folder), precision="float32"),
-        data=DataConfig(path="unused", min_pixels=1, max_pixels=IMAGE * 784),
+        data=DataConfig(path=("unused",), min_pixels=1, max_pixels=IMAGE * 784),
         rollout=RolloutConfig(
             prompts_per_step=8, group_size=G, max_new_tokens=C, max_rows=8, cache_gb=0.001, prefill_tokens=100
         ),

@@ -1,6 +1,6 @@
 """Small models and groups of any shape, made without files, for tests of packing and decoding."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 
 import torch
@@ -17,7 +17,9 @@ STOPS = (EOS, *range(12))  # so many that completions differ in length
 CHANNELS, PATCH, TEMPORAL, MERGE = 3, 4, 2, 2
 
 
-def small_model(seed: int = 0, **text: object) -> Qwen2_5_VLForConditionalGeneration:
+def small_model(
+    seed: int = 0, vision: Mapping[str, object] | None = None, **text: object
+) -> Qwen2_5_VLForConditionalGeneration:
     """A Qwen2.5-VL with random weights that are large enough to tell tokens apart, as transformers runs it."""
     config = Qwen2_5_VLConfig(
         text_config={
@@ -30,7 +32,7 @@ def small_model(seed: int = 0, **text: object) -> Qwen2_5_VLForConditionalGenera
             "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64,
             "patch_size": PATCH, "temporal_patch_size": TEMPORAL, "spatial_merge_size": MERGE, "in_channels": CHANNELS,
             "window_size": 16, "fullatt_block_indexes": [1], "initializer_range": 0.1,
-        },
+        } | dict(vision or {}),
         image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END,
         tie_word_embeddings=False,
     )  # fmt: skip

@@ -1,210 +1,203 @@
-"""Exports that plain transformers loads; checkpoints that run no code."""
+"""Checkpoints: written while training goes on, whole or not used, and loading them runs no code."""
 
 import dataclasses
 import json
+import os
 import pickle
-import re
+import resource
 import shutil
-import subprocess
-import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
-from safetensors.torch import load_file
+from moved_policies import adapted, moved
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
-from transformers import Qwen2_5_VLForConditionalGeneration
 
-from medground.checkpoint import _LayoutReader, export_policy, load_checkpoint, save_checkpoint
+from medground import checkpoint as module
+from medground.checkpoint import CheckpointError, Checkpoints, _LayoutReader
+from medground.checkpoint_folder import MANIFEST, _manifest, complaints, describe
 from medground.config import LoraConfig
-from medground.datasets.manifest import load_records
-from medground.policy import Policy, load_policy
-from medground.prompts import load_processor, make_prompt
-from medground.rollout.cache import Sampling
-from medground.rollout.engine import Engine, Limits
-from medground.sharding import Ranks, WholeCopy, compute_dtype, join_ranks, shard
-
-ADAPTED = re.compile(r"^model\.layers.*_proj\.weight$")
-
-PLAIN = """
-import json, sys, torch
-from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
-folder, given = sys.argv[1:]
-assert "medground" not in sys.modules
-model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained(folder)
-out = []
-for prompt in torch.load(given, weights_only=True):
-    ids = prompt["input_ids"][None]
-    tokens = model.generate(
-        input_ids=ids, mm_token_type_ids=(ids == model.config.image_token_id).int(), do_sample=False,
-        pixel_values=prompt["pixel_values"], image_grid_thw=prompt["image_grid_thw"], max_new_tokens=24,
-    )[0, ids.shape[1]:]
-    out.append([tokens.tolist(), tokenizer.decode(tokens, skip_special_tokens=True)])
-print(json.dumps(out))
-"""
+from medground.policy import load_policy
+from medground.sharding import join_ranks, shard
 
 
-def moved(base_folder: Path):
-    """A policy that is not the base model, and its optimizer."""
-    policy = load_policy(base_folder)
+def trained(policy) -> list[torch.Tensor]:
+    return [parameter for parameter in policy.parameters() if parameter.requires_grad]
+
+
+def whole(policy) -> dict[str, torch.Tensor]:
+    return {name: parameter.full_tensor().detach().clone() for name, parameter in policy.named_parameters()}
+
+
+@contextmanager
+def keeping(folder: Path, ranks, keep: int = 2):
+    checkpoints = Checkpoints(folder, ranks, keep)
+    try:
+        yield checkpoints
+    finally:
+        checkpoints.close()
+
+
+@pytest.fixture
+def saved(base_folder: Path, tmp_path: Path):
+    """A saved checkpoint, with what it takes to load it."""
+    with join_ranks() as ranks, keeping(tmp_path, ranks) as checkpoints:
+        policy = shard(moved(base_folder), ranks, "float32")
+        optimizer = torch.optim.AdamW(policy.parameters(), fused=True)
+        checkpoints.save(3, policy, optimizer, {"skipped": 1})
+        checkpoints.wait()
+        yield tmp_path, checkpoints, policy, optimizer
+
+
+def shift(policy, by: float) -> None:
     with torch.no_grad():
         for parameter in policy.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.01)
-    return policy
+            parameter.add_(by)
 
 
-def test_the_export_speaks_as_the_policy_does(base_folder: Path, phantoms: Path, tmp_path: Path):
-    processor = load_processor(base_folder, 56 * 56, 56 * 56)
-    examples = load_records(phantoms)[:4]
-    prompts = [make_prompt(e, Image.open(phantoms / e.image).convert("RGB"), processor, "brief") for e in examples]
-    with join_ranks() as ranks:
-        policy = shard(moved(base_folder), ranks, "float32")
-        whole = WholeCopy(policy, ranks, "float32").refresh()
-        engine = Engine(whole, processor.tokenizer, Limits(100, 24, 8, 1e9, 1000))
-        found = dict(engine.roll_out(prompts, count=4, copies=1, sampling=Sampling(0.0)))
-        export_policy(tmp_path / "export", policy, base_folder, ranks)
-    fields = ("input_ids", "pixel_values", "image_grid_thw")
-    torch.save([{name: getattr(p, name) for name in fields} for p in prompts], tmp_path / "prompts.pt")
-    (tmp_path / "plain.py").write_text(PLAIN)
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "plain.py"), str(tmp_path / "export"), str(tmp_path / "prompts.pt")],
-        capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    want = [[g.rollouts[0].tokens.tolist(), g.rollouts[0].text] for _, g in sorted(found.items())]
-    assert json.loads(done.stdout.splitlines()[-1]) == want
+def test_what_is_saved_is_the_state_at_that_moment(saved, monkeypatch):
+    """Training goes on while the thread waits to write."""
+    folder, checkpoints, policy, optimizer = saved
+    for parameter in policy.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    before = whole(policy)
+    moments = [optimizer.state[p]["exp_avg"].full_tensor().clone() for p in policy.parameters()]
+    asked, inner = [], module.dcp.save
+    monkeypatch.setattr(module.dcp, "save", lambda *a, **k: (asked.append(1), shift(policy, 1.0), inner(*a, **k)))
+    checkpoints.save(5, policy, optimizer, {"skipped": 0})
+    optimizer.step()
+    checkpoints.wait()
+    assert asked
+    assert checkpoints.load(policy, optimizer) == (5, {"skipped": 0})
+    assert all(torch.equal(value, before[name]) for name, value in whole(policy).items())
+    for parameter, moment in zip(policy.parameters(), moments, strict=True):
+        assert torch.equal(optimizer.state[parameter]["exp_avg"].full_tensor(), moment)
 
 
-def test_the_export_keeps_the_folders_dtype_and_layout(base_folder: Path, tmp_path: Path):
-    half = tmp_path / "half"
-    policy = load_policy(base_folder)
-    policy.vlm.to(torch.bfloat16).save_pretrained(half)
-    for file in base_folder.iterdir():
-        if file.name not in ("config.json", "model.safetensors"):
-            (half / file.name).write_bytes(file.read_bytes())
-    with join_ranks() as ranks:
-        export_policy(tmp_path / "export", shard(load_policy(half), ranks, "float32"), half, ranks)
-    before, after = load_file(half / "model.safetensors"), load_file(tmp_path / "export" / "model.safetensors")
-    assert before.keys() == after.keys()
-    assert all(after[name].dtype == torch.bfloat16 and torch.equal(before[name], after[name]) for name in before)
-    assert {p.name for p in (tmp_path / "export").iterdir()} >= {"tokenizer.json", "preprocessor_config.json"}
+def test_the_newest_are_kept(saved):
+    folder, checkpoints, policy, optimizer = saved
+    (folder / ".step-000009.partial").mkdir()
+    for step in (7, 11):
+        checkpoints.save(step, policy, optimizer, {})
+    checkpoints.wait()
+    assert sorted(path.name for path in folder.iterdir()) == ["step-000007", "step-000011"]
+    assert checkpoints.load(policy, optimizer) == (11, {})
 
 
-def test_tied_weights_are_exported_once(base_folder: Path, tmp_path: Path):
-    policy = load_policy(base_folder)
-    policy.vlm.config.tie_word_embeddings = policy.vlm.config.text_config.tie_word_embeddings = True
-    policy.vlm.lm_head.weight = policy.vlm.model.language_model.embed_tokens.weight
-    with join_ranks() as ranks:
-        sharded = shard(policy, ranks, "float32")
-        export_policy(tmp_path / "export", sharded, base_folder, ranks)
-    names = load_file(tmp_path / "export" / "model.safetensors").keys()
-    assert "lm_head.weight" not in names and "model.embed_tokens.weight" in names
-    again = load_policy(tmp_path / "export").vlm
-    assert again.lm_head.weight is again.model.language_model.embed_tokens.weight
+def test_without_a_checkpoint(base_folder: Path, tmp_path: Path):
+    with join_ranks() as ranks, keeping(tmp_path / "none", ranks) as checkpoints:
+        policy = shard(load_policy(base_folder), ranks, "float32")
+        assert checkpoints.load(policy, torch.optim.AdamW(policy.parameters())) == (0, {})
 
 
-def adapted(folder: Path, lora: LoraConfig, ranks: Ranks, precision: str = "float32") -> Policy:
-    """A sharded policy whose adapters are more than zeros."""
-    policy = load_policy(folder, compute_dtype(ranks, precision))
-    policy.add_adapters(lora, seed=1)
-    with torch.no_grad():
-        for name, parameter in policy.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-    return shard(policy, ranks, precision)
+def damage(file: Path, kind: str) -> None:
+    data = file.read_bytes()
+    if kind == "removed":
+        file.unlink()
+    elif kind == "truncated":
+        file.write_bytes(data[: len(data) // 2])
+    else:
+        file.write_bytes(data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 16]) + data[len(data) // 2 + 1 :])
 
 
-def half_and_tied(base_folder: Path, folder: Path) -> Path:
-    """The base model as the hub has Qwen2.5-VL-3B: bfloat16, embedding and head one."""
-    policy = load_policy(base_folder)
-    policy.vlm.config.tie_word_embeddings = policy.vlm.config.text_config.tie_word_embeddings = True
-    policy.vlm.tie_weights()
-    shutil.copytree(base_folder, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
-    policy.vlm.to(torch.bfloat16).save_pretrained(folder)
-    return folder
+def test_whatever_is_damaged_the_one_before_is_used(saved, capsys):
+    folder, checkpoints, policy, optimizer = saved
+    before = whole(policy)
+    shift(policy, 1.0)
+    checkpoints.save(4, policy, optimizer, {})
+    checkpoints.wait()
+    good = folder.parent / "good"
+    shutil.copytree(folder, good)
+    names = sorted(path.name for path in (good / "step-000004").iterdir())
+    assert names == [".metadata", "__0_0.distcp", "manifest.json", "state.json"]
+    for name in names:
+        for kind in ("removed", "truncated", "flipped"):
+            shutil.rmtree(folder)
+            shutil.copytree(good, folder)
+            damage(folder / "step-000004" / name, kind)
+            shift(policy, 1.0)
+            assert checkpoints.load(policy, optimizer) == (3, {"skipped": 1}), (name, kind)
+            said = capsys.readouterr().err
+            assert f"damaged checkpoints: {folder}/step-000004/{name}: " in said and "going on from step-000003" in said
+            assert all(torch.equal(value, before[name]) for name, value in whole(policy).items())
+            assert sorted(path.name for path in folder.iterdir()) == ["step-000003", "step-000004.broken"]
 
 
-@pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16 and tied"])
-def test_adapters_are_exported_merged_and_alone(half: bool, base_folder: Path, tmp_path: Path):
-    peft = pytest.importorskip("peft")
-    folder, dtype = base_folder, torch.float32
-    if half:
-        folder, dtype = half_and_tied(base_folder, tmp_path / "half"), torch.bfloat16
-    with join_ranks() as ranks:
-        policy = adapted(folder, LoraConfig(rank=4, alpha=8), ranks, str(dtype).removeprefix("torch."))
-        weights = {name.removeprefix("vlm."): p.full_tensor().detach() for name, p in policy.named_parameters()}
-        export_policy(tmp_path / "export", policy, folder, ranks, "a name on the hub")
-    before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "export" / "model.safetensors")
-    assert before.keys() == after.keys() and all(weight.dtype == dtype for weight in after.values())
-    assert {n for n in before if not torch.equal(before[n], after[n])} == {n for n in before if ADAPTED.search(n)}
-    own = load_file(tmp_path / "export" / "adapter" / "adapter_model.safetensors")
-    trained = {name: weight for name, weight in weights.items() if ".lora_" in name}
-    assert own.keys() == {f"base_model.model.{name.replace('.default', '')}" for name in trained}
-    for name, weight in trained.items():
-        assert torch.equal(own[f"base_model.model.{name.replace('.default', '')}"], weight), name
-    config = json.loads((tmp_path / "export" / "adapter" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == "a name on the hub" and config["lora_alpha"] == 8
+def test_nothing_whole_is_no_reason_to_begin_anew(saved):
+    folder, checkpoints, policy, optimizer = saved
+    damage(folder / "step-000003" / "state.json", "removed")
+    with pytest.raises(ValueError, match=r"want a checkpoint that is whole; got none: .*state\.json: missing"):
+        checkpoints.load(policy, optimizer)
+    assert (folder / "step-000003").exists()
 
-    load = Qwen2_5_VLForConditionalGeneration.from_pretrained
-    ids = torch.arange(40)[None]
-    with torch.no_grad():
-        plain, base = load(tmp_path / "export", dtype="auto"), load(folder, dtype="auto")
-        want, old = plain(input_ids=ids).logits, base(input_ids=ids).logits
-        beside = peft.PeftModel.from_pretrained(base, tmp_path / "export" / "adapter")
-        found = beside(input_ids=ids).logits
-    assert plain.dtype == base.dtype == dtype and (want - old).abs().max() > 0.5
-    torch.testing.assert_close(found, want, atol=0.1 if half else 1e-4, rtol=0)
+
+@contextmanager
+def full_disk(most: int):
+    """No file may grow beyond `most` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("most", [100, 100_000], ids=["at the small files", "at the weights"])
+def test_a_full_disk_leaves_the_last_checkpoint(most: int, saved):
+    folder, checkpoints, policy, optimizer = saved
+    before = whole(policy)
+    shift(policy, 1.0)
+    assert not checkpoints.failed
+    with full_disk(most):
+        checkpoints.save(4, policy, optimizer, {})
+        with pytest.raises(CheckpointError, match=r"could not be written: .* GB are free there\); the last one is"):
+            while not checkpoints.failed:
+                pass
+            checkpoints.wait()
+    assert [path.name for path in folder.iterdir()] == ["step-000003"] and not checkpoints.failed
+    assert checkpoints.load(policy, optimizer)[0] == 3
+    assert all(torch.equal(value, before[name]) for name, value in whole(policy).items())
+    checkpoints.save(4, policy, optimizer, {})
+    checkpoints.wait()
+    assert complaints(folder / "step-000004") == []
+
+
+def test_a_failed_save_stops_the_next(saved, monkeypatch):
+    folder, checkpoints, policy, optimizer = saved
+
+    def refuse(*_):
+        raise OSError(13, "Permission denied", "/somewhere")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "publish", refuse)
+        checkpoints.save(4, policy, optimizer, {})
+        with pytest.raises(CheckpointError, match=r"/somewhere: Permission denied .*; the last one is step-000003"):
+            checkpoints.save(5, policy, optimizer, {})
 
 
 def test_a_checkpoint_has_the_adapters_alone(base_folder: Path, tmp_path: Path):
     pytest.importorskip("peft")
     lora = LoraConfig(rank=4, alpha=8)
-    with join_ranks() as ranks:
+    with join_ranks() as ranks, keeping(tmp_path, ranks) as checkpoints:
         policy = adapted(base_folder, lora, ranks)
-        trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-        save_checkpoint(tmp_path, 3, policy, torch.optim.AdamW(trained), ranks, keep=2)
+        checkpoints.save(3, policy, torch.optim.AdamW(trained(policy)), {})
+        checkpoints.wait()
         names = _LayoutReader(tmp_path / "step-000003").read_metadata().state_dict_metadata
-        assert len(names) == 4 * len(trained) and all(".lora_" in name for name in names)
+        assert len(names) == 4 * len(trained(policy)) and all(".lora_" in name for name in names)
         again = adapted(base_folder, lora, ranks)
-        moments = torch.optim.AdamW([parameter for parameter in again.parameters() if parameter.requires_grad])
-        assert load_checkpoint(tmp_path, again, moments) == 3
+        moments = torch.optim.AdamW(trained(again))
+        assert checkpoints.load(again, moments) == (3, {})
         for ours, theirs in zip(again.parameters(), policy.parameters(), strict=True):
             assert torch.equal(ours.full_tensor(), theirs.full_tensor())
         for field, other in (("rank", 2), ("alpha", 4), ("targets", "mlp")):
             policy = adapted(base_folder, dataclasses.replace(lora, **{field: other}), ranks)
             said = f"step-000003: want a checkpoint of model.lora.{field} {other!r}; got {getattr(lora, field)!r}"
             with pytest.raises(ValueError, match=said):
-                load_checkpoint(tmp_path, policy, moments)
+                checkpoints.load(policy, moments)
         with pytest.raises(ValueError, match=r"step-000003: want a checkpoint of model\.lora\.rank 0; got 4"):
-            load_checkpoint(tmp_path, shard(load_policy(base_folder), ranks, "float32"), moments)
-
-
-@pytest.fixture
-def saved(base_folder: Path, tmp_path: Path):
-    """A saved checkpoint, with what it takes to load it."""
-    with join_ranks() as ranks:
-        policy = shard(moved(base_folder), ranks, "float32")
-        optimizer = torch.optim.AdamW(policy.parameters(), fused=True)
-        save_checkpoint(tmp_path, 3, policy, optimizer, ranks, keep=2)
-        yield tmp_path, policy, optimizer, ranks
-
-
-def test_the_newest_are_kept(saved):
-    folder, policy, optimizer, ranks = saved
-    (folder / ".step-000009.partial").mkdir()
-    for step in (7, 11):
-        save_checkpoint(folder, step, policy, optimizer, ranks, keep=2)
-    assert sorted(path.name for path in folder.iterdir()) == ["step-000007", "step-000011"]
-    assert load_checkpoint(folder, policy, optimizer) == 11
-
-
-def test_a_folder_without_its_state_file_is_no_checkpoint(saved):
-    folder, policy, optimizer, _ = saved
-    (folder / "step-000099").mkdir()
-    assert load_checkpoint(folder, policy, optimizer) == 3
-    assert load_checkpoint(folder / "elsewhere", policy, optimizer) == 0
+            checkpoints.load(shard(load_policy(base_folder), ranks, "float32"), moments)
 
 
 class _Malice:
@@ -215,18 +208,28 @@ class _Malice:
         return (Path.touch, (self.path,))
 
 
+def forge(checkpoint: Path) -> None:
+    """Make the manifest agree with the files, as whoever put them there can."""
+    files = [path for path in checkpoint.iterdir() if path.name != MANIFEST]
+    (checkpoint / MANIFEST).write_text(_manifest(describe(files)))
+    assert complaints(checkpoint) == []
+
+
 def test_a_malicious_pickle_is_not_executed(saved):
-    folder, policy, optimizer, _ = saved
+    folder, checkpoints, policy, optimizer = saved
     trap = folder / "executed"
     (folder / "step-000003" / ".metadata").write_bytes(pickle.dumps(_Malice(trap)))
+    with pytest.raises(ValueError, match=r"other bytes than were written|want .* bytes"):
+        checkpoints.load(policy, optimizer)
+    forge(folder / "step-000003")
     with pytest.raises(ValueError, match="not the layout of a checkpoint: it names"):
-        load_checkpoint(folder, policy, optimizer)
+        checkpoints.load(policy, optimizer)
     assert not trap.exists()
 
 
 def test_a_tensor_that_claims_to_be_bytes_is_not_unpickled(saved):
     """DCP would read such an entry with torch.load(weights_only=False)."""
-    folder, policy, optimizer, _ = saved
+    folder, checkpoints, policy, optimizer = saved
     trap = folder / "executed"
     layout = folder / "step-000003" / ".metadata"
     metadata = pickle.loads(layout.read_bytes())
@@ -239,8 +242,21 @@ def test_a_tensor_that_claims_to_be_bytes_is_not_unpickled(saved):
         metadata.storage_data.pop(index), relative_path="payload", offset=0, length=size
     )
     layout.write_bytes(pickle.dumps(metadata))
+    forge(folder / "step-000003")
     with pytest.raises(ValueError, match=r"it names .*BytesStorageMetadata"):
-        load_checkpoint(folder, policy, optimizer)
+        checkpoints.load(policy, optimizer)
+    assert not trap.exists()
+
+
+def test_tensors_that_are_pickles_are_not_executed(saved):
+    folder, checkpoints, policy, optimizer = saved
+    trap = folder / "executed"
+    torch.save(_Malice(trap), folder / "step-000003" / "__0_0.distcp")
+    with (folder / "step-000003" / "__0_0.distcp").open("ab") as file:
+        file.write(bytes(40_000_000))
+    forge(folder / "step-000003")
+    with pytest.raises(ValueError, match=r"not a checkpoint of this model: .*Weights only load failed"):
+        checkpoints.load(policy, optimizer)
     assert not trap.exists()
 
 
@@ -249,3 +265,5 @@ def test_the_layout_holds_tensors_alone(saved):
     metadata = _LayoutReader(folder / "step-000003").read_metadata()
     kinds = {type(entry).__name__ for entry in metadata.state_dict_metadata.values()}
     assert kinds == {"TensorStorageMetadata"}
+    state = json.loads((folder / "step-000003" / "state.json").read_text())
+    assert state["facts"] == {"skipped": 1} and os.path.getsize(folder / "step-000003" / "__0_0.distcp") > 1000

@@ -9,13 +9,16 @@ import pytest
 
 from medground import cli
 from medground.cli import main, train_config
-from medground.config import PRESETS, save_config
+from medground.config import save_config
+from medground.presets import PRESETS
 
 
 @pytest.mark.parametrize(
     "words",
     [["--help"], ["train", "--help"], ["train", "demo", "--help"], ["data", "phantom", "--help"], ["base", "--help"]]
-    + [["demo", "--help"], ["report", "--help"], ["plan", "--help"], ["plan", "demo", "--help"]],
+    + [["demo", "--help"], ["report", "--help"], ["data", "prepare", "ms-cxr", "--help"]]
+    + [["plan", "--help"], ["plan", "demo", "--help"]]
+    + [["data", "audit", "--help"], ["prompt", "--help"], ["encoders", "check", "--help"]],
 )
 def test_help_needs_no_torch(words: list[str]):
     # torch takes seconds to import; help must come at once
@@ -38,7 +41,7 @@ assert status == 0 and "torch" not in sys.modules, status
     [
         (["fly"], "unknown command 'fly'"),
         (["data", "fly"], "unknown command 'data fly'"),
-        (["train", "fly"], "unknown preset 'fly'; known are demo, qwen2.5-vl-3b, qwen2.5-vl-7b, "),
+        (["train", "fly"], "unknown preset 'fly'; known are:\n  demo  "),
         (["train", "--config"], "--config: want a file name"),
         (["train", "--config", "no/such.json"], "no/such.json: want a configuration file"),
     ],
@@ -135,4 +138,25 @@ def test_verbs_hand_over_their_options(monkeypatch, tmp_path: Path):
     assert main(["demo", "--films", "700"]) == 0
     assert main(["train", "demo", "--steps", "9"]) == 0
     assert (seen[0].steps, seen[1].films, seen[2].steps) == (3, 700, 9)
-    assert set(cli._COMMANDS) == {"demo", "data phantom", "base", "train", "plan", "report"}
+    verbs = {"demo", "data phantom", "data prepare", "data audit", "base", "prompt", "train", "plan", "report"}
+    assert set(cli._COMMANDS) == verbs | {"encoders check", "encoders build"}
+
+
+@pytest.mark.parametrize("source", cli._SOURCES)
+def test_each_source_tells_its_options(source: str, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["data", "prepare", source, "--help"])
+    assert stop.value.code == 0
+    told = capsys.readouterr().out
+    assert f"usage: medground data prepare {source} " in told and "--out STR" in told and "--leave-out-faulty" in told
+
+
+def test_a_source_may_be_named_with_its_options(tmp_path: Path, capsys):
+    words = ["--annotations", str(tmp_path / "no.csv"), "--images", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert main(["data", "prepare", "csv", *words]) == 2
+    assert f"{tmp_path}/no.csv: no such file" in capsys.readouterr().err
+    assert main(["data", "prepare", "xray", *words]) == 2
+    assert "unknown source 'xray'; known are ms-cxr, chestxray8" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main(["data", "prepare"])
+    assert stop.value.code == 2 and "m3d-refseg" in capsys.readouterr().out

@@ -7,6 +7,8 @@ import pytest
 
 from medground.demo import DemoConfig, run_demo
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_whole_job(tmp_path: Path, capsys, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

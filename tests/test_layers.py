@@ -16,7 +16,10 @@ TREES = {"medground": "medground", "kernels": "medground_kernels", "bench": "ben
 PROGRAMS = ("cli", "train", "demo", "plan", "__main__")
 """Rooms of medground/ that may import everything, and that nothing but a program may import."""
 
-WIRED = ("evaluate", "summary", "predict", "base_model")
+WIRED = (
+    "build", "evaluate", "preflight", "loading", "summary", "predict", "base_model", "audit", "show_prompt",
+    "encoder_tools",
+)  # fmt: skip
 """Rooms that put stages together: they may import every stage and each other; a stage may not import them."""
 
 SHARED = ("medground.config", "medground.records", "medground.packing", "medground_kernels")
@@ -26,9 +29,14 @@ KERNELS_MAY_IMPORT = {"torch", "triton", "medground_kernels", *sys.stdlib_module
 
 EXCEPTIONS = {
     ("report", "medground.datasets.images"): "the page shows films as the model's loader reads them",
+    ("report", "medground.datasets.folders"): "and finds them where it does",
     ("policy", "medground.lora"): "a policy may have adapters; lora is a leaf: torch, peft and names of weights",
     ("sharding", "medground.lora"): "what decodes has adapters merged",
-    ("checkpoint", "medground.lora"): "adapters are exported",
+    ("sharding", "medground.job.store"): "where ranks meet; a leaf",
+    ("sharding", "medground.job.watch"): "ranks say what they do; a leaf",
+    ("checkpoint", "medground.checkpoint_folder"): "its files, without torch; a leaf",
+    ("checkpoint", "medground.adamw"): "it holds the optimizer's state; adamw is a leaf: torch, torchao",
+    ("export", "medground.lora"): "adapters are exported",
     ("scoring", "medground.set_iou"): "metrics are means of it; it is a leaf: numpy and the type of a box",
     ("varlen_attention", "flash_attn"): "the fastest attention; imported on CUDA, where it is installed",
 }

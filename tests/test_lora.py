@@ -1,22 +1,18 @@
 """Adapters: against peft's own model on padded rows, off, merged, drawn; what they leave alone."""
 
 import copy
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from adapted_steps import VARIANTS, run
 from stream_cases import IMAGE, made_group, made_prompt, policy_of, small_model
 
 from bench.unpacked import pad_rows, unpacked_logp
+from medground.activation_checkpointing import checkpoint_activations
 from medground.config import LoraConfig
 from medground.lora import merged, need_peft
 from medground.packing import pack
 from medground.policy import Policy
-from medground.sharding import join_ranks
 
 peft = pytest.importorskip("peft")
 
@@ -80,7 +76,7 @@ def test_the_stream_equals_padded_rows_of_peft(targets: str, how: str):
     want = unpacked_logp(theirs.base_model.model, pad_rows(GROUPS, IMAGE, DEVICE), 0.7)
     want_grads = gradients(theirs, want)
     if how != "plain":
-        policy.vlm.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(policy.vlm, "full")
     if "compiled" in how:
         torch.compiler.reset()
         policy.compile_layers(backend="eager")  # what it traces is in question, not what the compiler makes of it
@@ -167,20 +163,3 @@ def test_a_missing_peft_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match=r"adapters want peft: pip install medground\[lora\]; got .*peft"):
         need_peft()
-
-
-@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks cannot share a GPU")
-def test_two_ranks_equal_one(tmp_path):
-    """Over steps with an off-policy loss and a reference; and a checkpoint of two ranks goes on, on one."""
-    script = Path(__file__).with_name("adapted_steps.py")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, str(tmp_path)], env=env, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    with join_ranks() as ranks:
-        for variant in VARIANTS:
-            want = torch.load(tmp_path / f"{variant}.pt", weights_only=True)
-            for found in (run(variant, ranks), run(variant, ranks, resume=tmp_path / variant)):
-                assert found.keys() == want.keys()
-                for name, value in want.items():
-                    torch.testing.assert_close(found[name], value, atol=1e-5, rtol=0, msg=f"{variant} {name}")

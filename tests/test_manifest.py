@@ -43,7 +43,7 @@ def write(folder, *records):
 
 def other(**changes):
     """A second record, without a fault but for the changes."""
-    return GOOD | {"id": "b-0", "image": "images/b.png", "patient": "p2"} | changes
+    return GOOD | {"id": "b-0", "image": "images/b.png", "patient": "p2", "study": "s2"} | changes
 
 
 def test_records_read_back_as_they_were_written(folder):
@@ -115,6 +115,19 @@ FAULTS = {
     "left of the image": (other(boxes=[[-1, 1, 4, 3]]), "boxes[0]", "0 <= x1 < x2", "[-1, 1, 4, 3]"),
     "right of the image": (other(boxes=[[1, 1, 40.5, 3]]), "boxes[0]", "width (40)", "[1, 1, 40.5, 3]"),
     "below the image": (other(boxes=[[1, 1, 4, 31]]), "boxes[0]", "height (30)", "[1, 1, 4, 31]"),
+    "a box twice": (other(boxes=[[0, 0, 5, 5], [0, 0.0, 5, 5]]), "boxes[1]", "each box once", "[0, 0.0, 5, 5]"),
+    "a study in two splits": (
+        other(study="s1", split="val"),
+        "study",
+        "a study of one split only ('s1' is in 'train' at line 1)",
+        "'val'",
+    ),
+    "an image in two splits": (
+        other(image="images/a.png", split="val"),
+        "image",
+        "an image of one split only ('images/a.png' is in 'train' at line 1)",
+        "'val'",
+    ),
     "same id": (other(id="a-0"), "id", "an id of its own (line 1 has the same)", "'a-0'"),
     "empty phrase": (other(phrase=" "), "phrase", "a text that is not empty", "' '"),
     "no such split": (other(split="dev"), "split", "one of train, val, test", "'dev'"),
@@ -129,7 +142,7 @@ FAULTS = {
     "up": (other(image="images/../../a.png"), "image", "a path without '..'", "'images/../../a.png'"),
     "missing image": (other(image="images/c.png"), "image", "an existing file", "'images/c.png'"),
     "folder": (other(image="images"), "image", "an existing file", "'images'"),
-    "no name": (other(image="a\0b"), "image", "a readable image", "'a"),
+    "no name": (other(image="a\0b"), "image", "a file name", "'a"),
     "other size": (other(width=41), "width, height", "the size of images/b.png, 40x30", "'41x30'"),
 }
 
@@ -176,6 +189,30 @@ def test_a_link_may_not_lead_out_of_the_folder(folder):
     (folder / "images/b.png").unlink()
     (folder / "images/b.png").symlink_to("a.png")  # inside is fine
     assert len(load_records(folder)) == 2
+
+
+def test_one_picture_under_two_names_may_not_be_in_two_splits(folder):
+    write(folder, GOOD, other(split="test"))
+    assert len(load_records(folder)) == 2
+    rows = [{"image": f"images/{name}.png", "sha256": "abc", "bytes": 1} for name in ("a", "b")]
+    (folder / "images.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    wanted = r"records\.jsonl:2: image: want an image of one split only \(the content of 'images/b.png' is in 'train'"
+    with pytest.raises(ValueError, match=wanted):
+        load_records(folder)
+    (folder / "images.jsonl").write_text(json.dumps(rows[0]) + "\n{}\n")
+    with pytest.raises(ValueError, match=r"images\.jsonl:2: want an object with image, sha256 and bytes"):
+        load_records(folder)
+
+
+@pytest.mark.parametrize("text, named", [('{"schema": 2}', "schema: want 1, .*got 2"), ("[]", "want a JSON object"),
+                                         ("{", "want a JSON object"), ("{}", "schema: want 1")])  # fmt: skip
+def test_a_manifest_of_another_schema_is_refused(folder, text, named):
+    write(folder, GOOD)
+    (folder / "manifest.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"manifest\.json: {named}"):
+        load_records(folder)
+    (folder / "manifest.json").write_text('{"schema": 1, "more": 2}')
+    assert len(load_records(folder)) == 1
 
 
 def test_all_faults_are_counted_and_twenty_shown(folder):

@@ -7,8 +7,11 @@ from hypothesis import strategies as st
 from stream_cases import IMAGE, made_group, made_prompt, policy_of, rolled, small_model
 
 from bench.unpacked import pad_rows, unpacked_logp
+from medground.activation_checkpointing import checkpoint_activations
 from medground.packing import pack, pack_prompts
 from medground.records import Group
+
+pytestmark = pytest.mark.slow
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 VLM = small_model().to(DEVICE)
@@ -68,7 +71,7 @@ def some_groups() -> list[Group]:
 def test_checkpointed_and_compiled_layers_change_nothing(how: str):
     """Compiled once for all lengths; the compiler itself is left out, whose making of C takes a minute."""
     policy = policy_of(VLM).to(DEVICE)
-    policy.vlm.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(policy.vlm, "full")
     if how != "checkpointed":
         torch.compiler.reset()
         policy.compile_layers(backend="aot_eager")

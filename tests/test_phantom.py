@@ -221,7 +221,7 @@ def test_files_do_not_depend_on_the_number_of_processes(tmp_path):
     write_phantom(config(tmp_path / "a"), workers=1)
     write_phantom(config(tmp_path / "b"), workers=2)
     names = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
-    assert len(names) == 24 + 2
+    assert len(names) == 24 + 4  # records.jsonl, images.jsonl, manifest.json, phantom.json
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
 

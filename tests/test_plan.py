@@ -138,7 +138,7 @@ def test_unusual_words(capsys):
 
 
 def test_prompts_are_measured_where_data_and_model_are(phantoms, tmp_path):
-    config = made_config(tmp_path, data_path=str(phantoms), prompt_template="brief")
+    config = made_config(tmp_path, data_path=(str(phantoms),), prompt_template="brief")
     assert longest_prompt(config).told == "image of data.max_pixels, text assumed"
     save_processor(make_processor(1000, SIZES["tiny"]), tmp_path)
     measured = longest_prompt(config)

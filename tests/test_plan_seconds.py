@@ -6,6 +6,7 @@ import pytest
 from plan_cases import C, G, made_config, made_job
 from stream_cases import policy_of, small_model
 
+from medground.config import ShardingConfig
 from medground.costs import Sizes, network_of, step_operations
 from medground.plan.efficiency import Efficiencies, Share
 from medground.plan.floors import Rates, model_of
@@ -15,6 +16,7 @@ from medground.plan.seconds import (
     NODE_LATENCY,
     RING_LATENCY,
     Setting,
+    _across,
     _answers,
     answer_tokens,
     collective_seconds,
@@ -91,8 +93,12 @@ def test_the_refresh_is_never_hidden_and_the_rest_is_where_it_can_be(setting):
 
 def test_more_gpus_take_longer_for_as_much_each_and_less_for_as_much_in_all(setting):
     weak = [step_on(setting, n, 8 * n) for n in (1, 2, 8, 16, 128)]
-    assert weak[1].seconds < weak[3].seconds < weak[4].seconds
-    assert weak[3].communication > weak[2].communication, "the network is slower than the link"
+    assert weak[1].seconds < weak[2].seconds < weak[4].seconds
+    # a node holds one copy of the weights: only sums of gradients go further
+    whole = replace(setting, config=replace(setting.config, sharding=ShardingConfig(replicas=1)))
+    assert step_on(whole, 16, 128).communication > weak[3].communication, "the network is slower than the link"
+    assert _across(setting, 1, 8) == 0 < _across(setting, 2, 8) < _across(setting, 16, 8)
+    assert _across(setting, 2, 8) > 2 * setting.facts.reduced / 8 / 2 / (GPU.network * 0.5)
     strong = [step_on(setting, n, 8).phases["update"].seconds for n in (1, 2)]
     assert strong[0] > strong[1] - step_on(setting, 2, 8).phases["update"].communication
 
@@ -101,7 +107,7 @@ def test_activation_checkpointing_adds_a_forward_pass_without_the_head(setting):
     groups = [Sizes(36, [[1, 8, 8]], [5] * G)]
     assert recomputed(setting, groups) == 0
     again = replace(
-        setting, config=replace(setting.config, model=replace(setting.config.model, gradient_checkpointing=True))
+        setting, config=replace(setting.config, model=replace(setting.config.model, activation_checkpointing="full"))
     )
     forward = step_operations(setting.facts.network, groups, scorings=1)["score"]
     assert recomputed(again, groups) == forward - 2 * setting.facts.network.head_weights * 5 * G

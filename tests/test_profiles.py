@@ -66,8 +66,8 @@ PLANTS = {
 }
 
 
-def start(folder: Path, plant: Plant | None) -> subprocess.Popen:
-    """Record a copy of the tree, changed or not, into folder/record."""
+def copy(folder: Path, plant: Plant | None) -> None:
+    """A copy of the tree, changed or not."""
     for name in ("kernels", "medground", "bench", "profiles"):
         shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / ".path").mkdir()
@@ -76,12 +76,6 @@ def start(folder: Path, plant: Plant | None) -> subprocess.Popen:
         text = (folder / plant.file).read_text()
         assert text.count(plant.old) == 1, f"{plant.file} has to have this once: {plant.old}"
         (folder / plant.file).write_text(text.replace(plant.old, plant.new))
-    # the copy's coverage is nobody's
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("COVERAGE_", "COV_"))}
-    environment |= {"PYTHONPATH": f"{folder}:{folder / '.path'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "profiles.record", "test", "--out", "record", "--steps", "3"]
-    with (folder / "told").open("w") as told:
-        return subprocess.Popen(command, cwd=folder, env=environment, stdout=told, stderr=subprocess.STDOUT)
 
 
 @pytest.fixture(scope="module")
@@ -90,16 +84,16 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path
     base = tmp_path_factory.mktemp("trees")
     copies = {"unchanged": None, "unchanged again": None, **PLANTS}
     found = {name: base / str(number) for number, name in enumerate(copies)}
-    running = {}
-    try:
-        for name, plant in copies.items():
-            running[name] = start(found[name], plant)
-        for name, process in running.items():
-            assert process.wait(timeout=500) == 0, f"{name}: {(found[name] / 'told').read_text()}"
-    finally:
-        for process in running.values():
-            process.kill()
-            process.wait()
+    for name, plant in copies.items():
+        copy(found[name], plant)
+    # the copies' coverage is nobody's
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("COVERAGE_", "COV_"))}
+    environment = environment | {"OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)
+    command = [sys.executable, str(Path(__file__).with_name("record_copies.py")), *map(str, found.values())]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    told = [path.read_text()[-2000:] for folder in found.values() if (path := folder / "told").exists()]
+    assert done.returncode == 0, "\n".join([done.stderr, *told])
     yield found
     shutil.rmtree(base)
 

@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from stream_cases import made_group, made_prompt, policy_of, small_model
 from torch.distributed.tensor import DTensor
 
 from medground.config import LoraConfig
-from medground.policy import load_policy
-from medground.sharding import WholeCopy, join_ranks, shard
+from medground.packing import pack
+from medground.policy import empty_policy, load_policy
+from medground.sharding import Ranks, WholeCopy, join_ranks, reduce_gradients, shard
 
 
 def test_a_mistake_on_one_rank_is_raised():
@@ -74,7 +76,7 @@ def test_adapters_are_merged_into_what_decodes(base_folder: Path):
         assert {p.dtype for p in policy.parameters() if not p.requires_grad} == {torch.bfloat16}
         assert {buffer.dtype for buffer in policy.buffers()} == {torch.float32}
         whole = WholeCopy(policy, ranks, "bfloat16")
-        frozen = whole.policy.vlm.lm_head.weight
+        assert own(whole.policy.vlm.lm_head.weight, policy.vlm.lm_head.weight)
         for step in range(2):
             with torch.no_grad():
                 for name, parameter in policy.named_parameters():
@@ -88,7 +90,76 @@ def test_adapters_are_merged_into_what_decodes(base_folder: Path):
             torch.testing.assert_close(copy.get_parameter(f"{stem}.weight"), want, atol=0, rtol=2**-7)
             assert not torch.equal(want, before[f"{stem}.base_layer.weight"])
             assert all(torch.equal(w, before[name]) for name, w in weights.items() if ".lora_" not in name)
-            if not step:
-                assert torch.equal(frozen, before["vlm.lm_head.weight"])
-                frozen.zero_()
-        assert not frozen.any(), "frozen weights are copied once"
+
+
+def own(ours: torch.Tensor, sharded: torch.Tensor) -> bool:
+    """Whether a whole weight is the memory of the only shard."""
+    return ours.data_ptr() == sharded.to_local().data_ptr()
+
+
+def test_frozen_weights_are_shared_or_copied_once(base_folder: Path):
+    name = "vlm.model.visual.blocks.0.mlp.up_proj.weight"
+    with join_ranks() as ranks:
+        for precision, shared in (("float32", True), ("bfloat16", False)):  # a copy in half is another memory
+            policy = load_policy(base_folder)
+            policy.vlm.model.visual.requires_grad_(False)
+            policy = shard(policy, ranks, precision)
+            whole = WholeCopy(policy, ranks, precision)
+            trained = "vlm.model.language_model.layers.0.mlp.up_proj.weight"
+            assert not own(whole.refresh().get_parameter(trained), policy.get_parameter(trained))
+            frozen = whole.policy.get_parameter(name)
+            assert own(frozen, policy.get_parameter(name)) == shared
+            assert torch.equal(frozen, policy.get_parameter(name).full_tensor().to(frozen.dtype))
+            frozen.zero_()
+            assert not whole.refresh().get_parameter(name).any()
+            # what is shared is not freed with the copy, nor filled in by it
+            assert policy.get_parameter(name).full_tensor().any() != shared
+
+
+@pytest.mark.parametrize(
+    ("asked", "local", "want"),
+    [(0, None, 1), (0, 8, 3), (1, 8, 1), (4, 8, 4), (24, 8, 24), (0, 24, 1), (12, None, 12)],
+)
+def test_replicas_are_nodes_unless_said(asked: int, local: int | None, want: int, monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if local:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+    assert Ranks(0, 24, torch.device("cpu"), None).replicas(asked) == want
+
+
+@pytest.mark.parametrize(
+    ("asked", "local", "message"),
+    [
+        (5, 8, "sharding.replicas: want a divisor of the 24 ranks; got 5"),
+        (48, 8, "sharding.replicas: want a divisor of the 24 ranks; got 48"),
+        (0, 7, "sharding.replicas: want nodes of equally many ranks for 0; got 24 ranks, 7 on a node"),
+    ],
+)
+def test_replicas_that_ranks_cannot_have(asked: int, local: int, message: str, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+    with pytest.raises(ValueError, match=message):
+        Ranks(0, 24, torch.device("cpu"), None).replicas(asked)
+
+
+def test_a_policy_on_meta_stays_there(base_folder: Path):
+    with join_ranks() as ranks:
+        policy = shard(empty_policy(base_folder, torch.float32), ranks, "float32")
+        assert {p.device.type for p in policy.parameters()} == {"meta"}
+        assert all(isinstance(p, DTensor) for p in policy.parameters())
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_gradients_are_summed_when_they_are_to_be(each: bool):
+    """Until then they are whole, and no parameter has one."""
+    with join_ranks() as ranks:
+        policy = shard(policy_of(small_model()), ranks, "float32").train()
+        packed = pack([made_group(made_prompt("a", [4, 6], [(3, 4)]), [3, 1], seed=1)], policy.vlm.config, ranks.device)
+        for last in (False, True):
+            reduce_gradients(policy, last=last, each=each)
+            policy(packed, 1.0).logp.sum().backward()
+            assert all((weight.grad is not None) == (last or each) for weight in policy.parameters())
+        twice = {name: weight.grad.full_tensor() for name, weight in policy.named_parameters()}
+        policy.zero_grad()
+        policy(packed, 1.0).logp.sum().backward()
+        for name, weight in policy.named_parameters():
+            torch.testing.assert_close(twice[name], 2 * weight.grad.full_tensor(), msg=name)

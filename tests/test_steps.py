@@ -56,7 +56,7 @@ def test_the_plain_trainer_has_our_gradient(job, tmp_path, monkeypatch):
         assert not torch.equal(before, ours.asker.policy.vlm.lm_head.weight.full_tensor())
         assert ours.metrics["completion_tokens"] == sum(map(sum, job.lengths(0)))
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-        assert ours.save(tmp_path / "checkpoints") is None
+        assert set(ours.save(tmp_path / "checkpoints").values()) == {None}
 
 
 @pytest.mark.parametrize("peer", ["plain", "TRL", "TRL, whole logits"])
@@ -113,7 +113,7 @@ def test_the_result_has_everything(job, tmp_path, monkeypatch, run):
     assert result["floors"]["step"] == pytest.approx(sum(result["floors"][phase] for phase in PHASES))
     assert all(result["floors"][phase] > 0 for phase in ("prefill", "decode", "update", "optimizer"))
     assert [(bar["name"], bar["met"]) for bar in result["bars"]] == [("ours over plain", True)]
-    assert result["checkpoint_seconds"] > 0
+    assert result["checkpoint_seconds"] > result["checkpoint_stall_seconds"] > 0
     text = render(json.loads(json.dumps(result)))
     assert "| decode |" in text and "plain takes" in text and "EasyR1" in text
 

@@ -1,6 +1,7 @@
 """A contact sheet: films of a data set in rows, their boxes in colour, their phrases underneath."""
 
 import textwrap
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -32,31 +33,48 @@ def contact_sheet(
     Raises:
         ValueError: as `load_records` and `read_image`, or the data set has too few films.
     """
-    films = [(image, list(some)) for image, some in groupby(load_records(folder), lambda example: example.image)]
-    films = films[first : first + columns * rows]
+    films = films_of(load_records(folder))[first : first + columns * rows]
     if not films:
         raise ValueError(f"{folder}: want more than {first} films; got fewer")
+    draw_sheet(folder, films, columns, side).save(path, optimize=True)
+
+
+def films_of(examples: Iterable[Example]) -> list[list[Example]]:
+    """Records that follow one another on one image, image by image."""
+    return [list(some) for _, some in groupby(examples, lambda example: example.image)]
+
+
+def draw_sheet(
+    folder: str | Path, films: Sequence[Sequence[Example]], columns: int = 6, side: int = 224
+) -> Image.Image:
+    """Draw these films, each one image's records, as a picture of few colours.
+
+    Raises:
+        ValueError: as `read_image`.
+    """
     font = ImageFont.load_default(size=10)
     wide = max(8, int(side / font.getlength("a usual phrase") * len("a usual phrase")))
-    texts = [[line for example in some for line in _lines(example, wide)] for _, some in films]
+    texts = [[line for example in some for line in _lines(example, wide)] for some in films]
     step_x, step_y = side + _GAP, side + _GAP + _LINE * max(len(text) for text in texts)
     sheet = Image.new("RGB", (columns * step_x + _GAP, -(-len(films) // columns) * step_y + _GAP), _GROUND)
     draw = ImageDraw.Draw(sheet)
-    for number, (image, some) in enumerate(films):
+    for number, some in enumerate(films):
         x, y = _GAP + number % columns * step_x, _GAP + number // columns * step_y
-        film = read_image(Path(folder) / image)
+        film = read_image(Path(folder) / some[0].image)
         scale = side / max(film.size)
-        size = round(film.width * scale), round(film.height * scale)
+        size = max(1, round(film.width * scale)), max(1, round(film.height * scale))
         sheet.paste(film.resize(size, Image.Resampling.BICUBIC), (x, y))
         below = y + side + 1
         for colour, example in zip(COLOURS * len(some), some, strict=False):
             for x1, y1, x2, y2 in example.boxes:
-                corners = x + x1 * scale, y + y1 * scale, x + x2 * scale - 1, y + y2 * scale - 1
+                # of a box of less than a pixel on the sheet, the one pixel
+                left, top = x + x1 * scale, y + y1 * scale
+                corners = left, top, max(left, x + x2 * scale - 1), max(top, y + y2 * scale - 1)
                 draw.rectangle(corners, outline=colour)
             for line in _lines(example, wide):
                 draw.text((x + 2, below), line, fill=colour, font=font)
                 below += _LINE
-    sheet.quantize(palette=_palette(), dither=Image.Dither.NONE).save(path, optimize=True)
+    return sheet.quantize(palette=_palette(), dither=Image.Dither.NONE)
 
 
 def _palette() -> Image.Image:

@@ -5,18 +5,20 @@ The whole data set is checked before anything uses it, and every offender is nam
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
+from medground.datasets.faults import Faults
 from medground.datasets.images import image_size
+from medground.datasets.inventory import json_line, read_images, read_manifest, written_whole
+from medground.datasets.paths import fault_of_path
 from medground.records import Box, Example
 
 RECORDS = "records.jsonl"
 SPLITS = ("train", "val", "test")
-SHOWN = 20  # offenders printed; the rest are counted
 
+_A = {"patient": "a patient", "study": "a study", "image": "an image"}
 _TEXTS = ("id", "image", "phrase", "category", "patient", "study", "source", "split")
 _FIELDS = ("id", "image", "width", "height", "phrase", "boxes", "category", "patient", "study", "source", "split")
 
@@ -30,17 +32,9 @@ def write_records(folder: str | Path, examples: Iterable[Example]) -> None:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{RECORDS}.{os.getpid()}"
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            for example in examples:
-                values = {name: getattr(example, name) for name in _FIELDS}
-                file.write(json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, folder / RECORDS)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_whole(folder / RECORDS) as file:
+        for example in examples:
+            file.write(json_line({name: getattr(example, name) for name in _FIELDS}))
 
 
 def load_records(folder: str | Path) -> list[Example]:
@@ -56,6 +50,19 @@ def load_records(folder: str | Path) -> list[Example]:
         ValueError: the file is missing or empty, or any record is not as docs/data/records.md has it;
             lists the offenders as file:line, field, what was wanted and what came.
     """
+    examples, faults = check_records(folder)
+    faults.raise_if_any(Path(folder) / RECORDS, "docs/data/records.md")
+    return examples
+
+
+def check_records(folder: str | Path) -> tuple[list[Example], Faults]:
+    """Read all records of a data set: those without a fault, and the faults.
+
+    Args: as `load_records`.
+
+    Raises:
+        ValueError: the file is missing or empty, or manifest.json or images.jsonl is damaged.
+    """
     path = Path(folder) / RECORDS
     if not Path(folder).is_dir():
         raise ValueError(f"{folder}: no such data folder (want a folder that holds {RECORDS})")
@@ -66,10 +73,10 @@ def load_records(folder: str | Path) -> list[Example]:
         del lines[-1]
     if not lines:
         raise ValueError(f"{path}: want at least one record; got an empty file")
+    read_manifest(Path(folder))  # of a schema that this version reads, where there is one
     checker = _Checker(path)
     examples = [example for number, line in enumerate(lines, 1) if (example := checker.check(number, line))]
-    checker.raise_if_any()
-    return examples
+    return examples, checker.faults
 
 
 def select(examples: Sequence[Example], split: str, folder: str | Path) -> list[Example]:
@@ -96,37 +103,27 @@ class _Checker:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.root = path.parent.resolve()
-        self.complaints: list[str] = []
+        self.faults = Faults()
         self.ids: dict[str, int] = {}  # id -> line
-        self.patients: dict[str, tuple[str, int]] = {}  # patient -> split, line
+        self.hashes = {name: row["sha256"] for name, row in read_images(path.parent).items()}
+        # what may lie in one split only: (field, value) -> split, line
+        self.places: dict[tuple[str, str], tuple[str, int]] = {}
         self.images: dict[str, tuple[int, int] | str] = {}  # image -> its size, or what is wrong with it
 
     def check(self, number: int, line: bytes) -> Example | None:
-        before = len(self.complaints)
+        before = len(self.faults)
         values = self._parse(number, line)
         if values is None or not self._types(number, values):
             return None
         boxes = self._boxes(number, values)
         self._texts(number, values)
         self._image(number, values)
-        if len(self.complaints) > before:
+        if len(self.faults) > before:
             return None
         return Example(**(values | {"boxes": boxes}))
 
-    def raise_if_any(self) -> None:
-        if not self.complaints:
-            return
-        count = len(self.complaints)
-        shown = self.complaints[:SHOWN]
-        if count > SHOWN:
-            shown.append(f"and {count - SHOWN} more")
-        first = f"{self.path}: {count} fault{'s' * (count > 1)} (docs/data/records.md)"
-        raise ValueError("\n".join([first, *shown]))
-
     def _complain(self, number: int, field: str, wanted: str, got: object) -> None:
-        text = repr(got)
-        text = text if len(text) <= 120 else text[:117] + "..."
-        self.complaints.append(f"{self.path}:{number}: {field}: want {wanted}; got {text}")
+        self.faults.add(f"{self.path}:{number}", field, wanted, got)
 
     def _parse(self, number: int, line: bytes) -> dict[str, Any] | None:
         try:
@@ -140,10 +137,10 @@ class _Checker:
         return values
 
     def _types(self, number: int, values: dict[str, Any]) -> bool:
-        before = len(self.complaints)
+        before = len(self.faults)
         for name in _FIELDS:
             if name not in values:
-                self.complaints.append(f"{self.path}:{number}: {name}: missing; a record has {', '.join(_FIELDS)}")
+                self.faults.say(f"{self.path}:{number}: {name}: missing; a record has {', '.join(_FIELDS)}")
             elif name in _TEXTS and not isinstance(values[name], str):
                 self._complain(number, name, "a string", values[name])
             elif name in ("width", "height") and (type(values[name]) is not int or values[name] < 1):
@@ -152,14 +149,12 @@ class _Checker:
                 self._complain(number, name, "a list of boxes [x1, y1, x2, y2]", values[name])
         for name in values:
             if name not in _FIELDS:
-                self.complaints.append(
-                    f"{self.path}:{number}: {name}: unknown field; a record has {', '.join(_FIELDS)}"
-                )
-        return len(self.complaints) == before
+                self.faults.say(f"{self.path}:{number}: {name}: unknown field; a record has {', '.join(_FIELDS)}")
+        return len(self.faults) == before
 
     def _boxes(self, number: int, values: dict[str, Any]) -> tuple[Box, ...]:
         width, height = values["width"], values["height"]
-        kept = []
+        kept: dict[Box, None] = {}
         for index, box in enumerate(values["boxes"]):
             if not _is_box(box):
                 self._complain(number, f"boxes[{index}]", "four finite numbers [x1, y1, x2, y2]", box)
@@ -169,14 +164,17 @@ class _Checker:
                 wanted = f"0 <= x1 < x2 <= width ({width}) and 0 <= y1 < y2 <= height ({height})"
                 self._complain(number, f"boxes[{index}]", wanted, box)
                 continue
-            kept.append((float(x1), float(y1), float(x2), float(y2)))
+            corners = float(x1), float(y1), float(x2), float(y2)
+            if corners in kept:
+                self._complain(number, f"boxes[{index}]", "each box once", box)
+            kept[corners] = None
         return tuple(kept)
 
     def _texts(self, number: int, values: dict[str, Any]) -> None:
         for name in _TEXTS:
             if not values[name].strip():
                 self._complain(number, name, "a text that is not empty", values[name])
-            elif any("\ud800" <= letter <= "\udfff" for letter in values[name]):
+            elif not values[name].isascii() and any("\ud800" <= letter <= "\udfff" for letter in values[name]):
                 self._complain(number, name, "text that UTF-8 can hold (a lone surrogate)", ascii(values[name]))
         first = self.ids.setdefault(values["id"], number)
         if first != number:
@@ -184,10 +182,19 @@ class _Checker:
         if values["split"] not in SPLITS:
             self._complain(number, "split", f"one of {', '.join(SPLITS)}", values["split"])
             return
-        split, line = self.patients.setdefault(values["patient"], (values["split"], number))
-        if split != values["split"]:
-            wanted = f"a patient of one split only ({values['patient']!r} is in {split!r} at line {line})"
-            self._complain(number, "patient", wanted, values["split"])
+        for field in ("patient", "study", "image"):
+            if not self._alone(number, field, values[field], repr(values[field]), values["split"]):
+                return
+        if digest := self.hashes.get(values["image"]):
+            self._alone(number, "image", digest, f"the content of {values['image']!r}", values["split"])
+
+    def _alone(self, number: int, field: str, value: str, name: str, split: str) -> bool:
+        """Whether what has this value has been in this split only, so far."""
+        first, line = self.places.setdefault((field, value), (split, number))
+        if first != split:
+            wanted = f"{_A[field]} of one split only ({name} is in {first!r} at line {line})"
+            self._complain(number, field, wanted, split)
+        return first == split
 
     def _image(self, number: int, values: dict[str, Any]) -> None:
         name = values["image"]
@@ -201,18 +208,11 @@ class _Checker:
             self._complain(number, "width, height", wanted, f"{values['width']}x{values['height']}")
 
     def _measure(self, name: str) -> tuple[int, int] | str:
-        if PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute():
-            return "a path relative to the data folder"
-        if ".." in PurePosixPath(name).parts or ".." in PureWindowsPath(name).parts:
-            return "a path without '..'"
+        if wanted := fault_of_path(self.root, name, "the data folder"):
+            return wanted
         try:
-            target = (self.root / name).resolve()
-            if not target.is_relative_to(self.root):
-                return f"a file inside the data folder (a link leads to {target})"
-            if not target.is_file():
-                return "an existing file"
-            return image_size(target)
-        except (OSError, ValueError, RuntimeError) as error:
+            return image_size(self.root / name)
+        except ValueError as error:
             return f"a readable image ({error})"
 
 

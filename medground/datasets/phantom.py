@@ -7,10 +7,8 @@ films belong to patients with two films; both show the same build, in another po
 import dataclasses
 import itertools
 import json
-import multiprocessing
 import os
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,11 +18,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from medground.datasets.films import image_row
+from medground.datasets.inventory import IMAGES, Counts, command_line, write_images, write_manifest
 from medground.datasets.manifest import RECORDS, write_records
 from medground.datasets.phantom_dicom import require_pydicom, write_dicom
 from medground.datasets.phantom_film import Pixels, draw_anatomy, expose, sample_chest
 from medground.datasets.phantom_findings import HEART, Finding, paint, plan_findings
 from medground.datasets.phantom_phrases import statements
+from medground.datasets.workers import map_in_order
 from medground.records import Example
 
 VERSION = 1  # of the drawing: another number for films that differ
@@ -36,7 +37,7 @@ class PhantomConfig:
     """Draw a data set of phantom chest films."""
 
     out: str
-    """Folder to write records.jsonl and images/ into; must not hold another data set."""
+    """Folder to write records.jsonl, manifest.json and images/ into; must not hold another data set."""
     count: int = 2000
     """Films in all; each has one or two records."""
     seed: int = 0
@@ -161,24 +162,34 @@ def write_phantom(config: PhantomConfig, workers: int | None = None) -> None:
     (out / "images").mkdir(parents=True, exist_ok=True)
     (out / _PARAMETERS).write_text(json.dumps(_parameters(config), indent=2) + "\n")
     jobs = [(config, index, splits[index]) for index in range(config.count)]
+    counts = Counts()
+    images: list[dict[str, object]] = []
     with tqdm(total=config.count, desc="phantom films", unit="film") as bar:
-        examples: list[Example] = []
-        for some in _map(jobs, workers or os.cpu_count() or 1):
-            examples += some
-            bar.update()
-    write_records(out, examples)
+
+        def examples() -> Iterator[Example]:
+            for some, image in map_in_order(_write_film, jobs, workers or os.cpu_count() or 1):
+                images.append(image)
+                for example in some:
+                    counts.add(example)
+                    yield example
+                bar.update()
+
+        write_records(out, examples())
+    write_images(out, images)
+    options = {name: value for name, value in _parameters(config).items() if name != "version"}
+    write_manifest(
+        out,
+        (RECORDS, IMAGES),
+        counts,
+        source="phantom",
+        command=command_line("medground data phantom", options),
+        licence="drawn from a seed, without patients: free of rights of others",
+        settings=_parameters(config),
+    )
 
 
-def _map(jobs: list[_Job], workers: int) -> Iterator[list[Example]]:
-    if workers == 1:
-        yield from map(_write_film, jobs)
-        return
-    # spawned: forking a process that has threads can hang
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(_write_film, jobs, chunksize=32)
-
-
-def _write_film(job: _Job) -> list[Example]:
+def _write_film(job: _Job) -> tuple[list[Example], dict[str, object]]:
+    """Writes a film; its records and its line of images.jsonl."""
     config, index, split = job
     film = draw_film(config.seed, index, config.size)
     examples = film_examples(film, config.seed, index, split)
@@ -186,10 +197,12 @@ def _write_film(job: _Job) -> list[Example]:
     if config.dicom:
         path = path.with_suffix(".dcm")
         write_dicom(film.pixels, path, config.seed, examples[0])
-        return [dataclasses.replace(example, image=f"images/{path.name}") for example in examples]
-    pixels = _quantised(film.pixels, 2**config.bits - 1)
-    Image.fromarray(pixels.astype(np.uint8 if config.bits == 8 else np.uint16)).save(path, compress_level=1)
-    return examples
+        examples = [dataclasses.replace(example, image=f"images/{path.name}") for example in examples]
+    else:
+        pixels = _quantised(film.pixels, 2**config.bits - 1)
+        Image.fromarray(pixels.astype(np.uint8 if config.bits == 8 else np.uint16)).save(path, compress_level=1)
+    size = (config.size, config.size)
+    return examples, image_row(Path(config.out), examples[0].image, size, f"phantom film {index}", size)
 
 
 def _quantised(pixels: Pixels, white: int) -> Pixels:

@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 from medground.config import Config
 from medground.plan.pretend import pretend
-from medground.plan.rehearsal import Facts, Job, Rehearsal, nothing_there
+from medground.plan.rehearsal import BESIDE, Facts, Job, Rehearsal, nothing_there
 from medground.plan.tracker import Peak, Tracker
 
 _CUDA_GRAIN = 512  # bytes that torch's caching allocator rounds up to
@@ -97,7 +97,8 @@ def dry_run(
         step.roll_out()
         tell("update")
         count = step.update()
-        found = DryRun(dict(tracker.peaks), step.facts, count, dict(tracker.moved))
+        phases = {name: peak for name, peak in tracker.peaks.items() if name != BESIDE}
+        found = DryRun(phases, step.facts, count, dict(tracker.moved))
         tried: dict[int, Peak] = {}
         while budget := tries(found, tried):
             tell(f"micro-batches of {budget} tokens")

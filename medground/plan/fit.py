@@ -12,7 +12,7 @@ import torch
 
 from medground.config import Config, LoraConfig
 from medground.plan.dry_run import DryRun, dry_run
-from medground.plan.gpus import Gpu
+from medground.plan.gpus import Gpu, shards_of
 from medground.plan.rehearsal import Job
 from medground.plan.tracker import Peak
 from medground.plan.workload import group_tokens, rank_tokens
@@ -149,12 +149,12 @@ def levers(
     cache = smaller.rollout.cache_gb
     less = [peak.total - max(peak.parts.get("cache", 0) - int(cache * 1e9), 0) for peak in found.peaks.values()]
     add(f"--rollout.cache-gb {cache:g}", max(less), False)
-    recompute = not config.model.gradient_checkpointing
+    recompute = config.model.activation_checkpointing != "full"
     if recompute:
-        run("--model.gradient-checkpointing", _checkpointed(config))
+        run("--model.activation-checkpointing full", _checkpointed(config))
     tokens = min(search.peaks, key=lambda tokens: search.peaks[tokens].total)
     together = f"--loss.micro-batch-tokens {tokens} --rollout.cache-gb {cache:g}"
-    together += " --model.gradient-checkpointing" * recompute
+    together += " --model.activation-checkpointing full" * recompute
     run(together, _checkpointed(replace(smaller, loss=replace(config.loss, micro_batch_tokens=tokens))))
     if config.loss.beta:
         less = [peak.total - peak.parts.get("reference", 0) for peak in found.peaks.values()]
@@ -163,7 +163,8 @@ def levers(
         adapters = replace(config, model=replace(config.model, lora=_ADAPTERS))
         run(f"--model.lora.rank {_ADAPTERS.rank} (adapters alone)", adapters)
     if config.rollout.prompts_per_step % (2 * ranks) == 0:
-        add(f"--gpus {2 * ranks}", scaled(found.peaks, ranks, 2 * ranks), False)
+        shards, more = (shards_of(config.sharding.replicas, n) for n in (ranks, 2 * ranks))
+        add(f"--gpus {2 * ranks}", scaled(found.peaks, shards, more), False)
     return sorted(rows, key=lambda lever: lever.needed)
 
 
@@ -176,4 +177,4 @@ def _with_cache(config: Config, job: Job) -> Config:
 
 
 def _checkpointed(config: Config) -> Config:
-    return replace(config, model=replace(config.model, gradient_checkpointing=True))
+    return replace(config, model=replace(config.model, activation_checkpointing="full"))

@@ -51,6 +51,20 @@ GPUS = {
 """Memory is less than the name says: what out-of-memory messages of PyTorch give as total capacity (docs/plan.md)."""
 
 
+def shards_of(replicas: int, gpus: int) -> int:
+    """GPUs that share one copy of the weights, for `sharding.replicas` on nodes of 8.
+
+    Raises:
+        ValueError: the GPUs cannot be shared out evenly.
+    """
+    if not replicas and gpus > NODE and gpus % NODE:
+        raise ValueError(f"--gpus: want whole nodes of {NODE} where there are more; got {gpus}")
+    found = replicas or -(-gpus // NODE)
+    if gpus % found:
+        raise ValueError(f"sharding.replicas: want a divisor of the {gpus} GPUs; got {found}")
+    return gpus // found
+
+
 def find_gpu(name: str) -> Gpu:
     """A GPU by its name in the table.
 

@@ -10,11 +10,11 @@ from medground.lora import need_peft
 from medground.plan.dry_run import DryRun, dry_run, with_precision
 from medground.plan.efficiency import PHASES, Share, efficiencies
 from medground.plan.fit import Room, Search, levers, room_of, scaled
-from medground.plan.gpus import NODE, find_gpu
+from medground.plan.gpus import NODE, find_gpu, shards_of
 from medground.plan.rehearsal import Job
 from medground.plan.seconds import DEVIATION, Setting, Step, answer_tokens, step_on
 from medground.plan.shapes import model_config
-from medground.plan.workload import PromptSize, check_sizes, largest_micro_batch, longest_prompt
+from medground.plan.workload import PromptSize, check_sizes, in_steps, largest_micro_batch, longest_prompt
 
 COUNTS = tuple(2**i for i in range(11))
 """GPUs of the scaling tables."""
@@ -48,10 +48,16 @@ def make_plan(config: Config, asked: Asked, tell: Callable[[str], None] = lambda
         ValueError: an option is not possible; names it.
     """
     gpu = find_gpu(asked.gpu)
-    config = with_precision(config, bool(gpu.name))
+    config = with_precision(in_steps(config), bool(gpu.name))
+    if config.optimizer.kind != "adamw" or config.sharding.cpu_offload:
+        raise ValueError(
+            "optimizer.kind, sharding.cpu_offload: want adamw on the GPU, which is all that can be planned yet; got "
+            f"{config.optimizer.kind}, {config.sharding.cpu_offload}"
+        )
     model = model_config(config.model.path)
     prompt = longest_prompt(config, asked.text_tokens)
     check_sizes(config, prompt, asked.gpus, model.text_config.max_position_embeddings)
+    shards_of(config.sharding.replicas, asked.gpus)
     if config.model.lora.rank:
         need_peft()
     job, room, answer = Job(prompt, model), room_of(gpu), answer_tokens(config, asked.answer_tokens)
@@ -95,7 +101,7 @@ def _model(config: Config, found: DryRun) -> dict[str, Any]:
         "parameters": facts.gathered // facts.model.itemsize,
         "trained": facts.model.parameters,
         "precision": config.model.precision,
-        "gradient_checkpointing": config.model.gradient_checkpointing,
+        "activation_checkpointing": config.model.activation_checkpointing,
         "lora_rank": config.model.lora.rank,
         "reference": bool(config.loss.beta),
     }
@@ -179,6 +185,7 @@ def _scaling(setting: Setting, found: DryRun, room: Room, gpus: int) -> dict[str
             _figures(step, config) | {"efficiency": step.tokens_per_second / step.gpus / first} for step in steps
         ]
     for row in rows["weak"]:
-        needed = room.needed(scaled(found.peaks, gpus, row["gpus"]))
+        shards, others = (shards_of(config.sharding.replicas, n) for n in (gpus, row["gpus"]))
+        needed = room.needed(scaled(found.peaks, shards, others))
         row |= {"needed_bytes": needed, "fits": needed <= room.memory}
     return rows

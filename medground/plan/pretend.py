@@ -16,6 +16,7 @@ Of the CUDA side that is what decides memory. How long anything takes is not to 
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
@@ -31,6 +32,7 @@ from torch.distributed.fsdp._fully_shard import _fsdp_param as fsdp_param
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from medground.plan.gpus import NODE
 from medground.plan.tracker import Tracker
 from medground.sharding import Ranks
 from medground_kernels import prefix_decode, varlen_attention
@@ -61,6 +63,8 @@ def pretend(ranks: int, *, cuda: bool, tracker: Tracker) -> Iterator[PretendedRa
         raise ValueError("--gpu: want Triton, whose kernels a GPU runs (it has wheels for Linux alone); or --gpu cpu")
     assert not dist.is_initialized(), "a process group is already there"
     with ExitStack() as stack:
+        # as torchrun says on nodes of 8
+        stack.enter_context(patch.dict(os.environ, LOCAL_WORLD_SIZE=str(min(ranks, NODE))))
         for change in (*_device(), *_answers(), *(_cuda() if cuda else _cpu()), *_labels(tracker)):
             stack.enter_context(change)
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)

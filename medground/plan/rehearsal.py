@@ -17,8 +17,8 @@ from unittest.mock import patch
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from medground import build, train
 from medground import policy as policy_module
-from medground import train
 from medground.config import Config
 from medground.costs import Network, network_of
 from medground.packing import pack_prompts
@@ -30,9 +30,11 @@ from medground.records import Prompt
 from medground.rollout.cache import Cache, Sampling, Shape
 from medground.rollout.decoder import Decoder
 from medground.rollout.engine import Limits, plan_cache
-from medground.sharding import Ranks, WholeCopy, shard
+from medground.sharding import Ranks, WholeCopy
 from medground.step_metrics import Clock, Totals
 
+BESIDE = "moments"
+"""What is no phase of a run, but has to be watched."""
 _MANY = 1 << 20  # records of an evaluation: enough to fill its cache
 
 
@@ -93,24 +95,26 @@ class Rehearsal:
             ranks: this one among the others.
             meter: watches.
         """
+        ranks = ranks.arranged(config.sharding.replicas)
         self._job, self._config, self._ranks, self._meter = job, config, ranks, meter
         precision = config.model.precision
         meter.begin("load")
         with meter.label("weights"):
-            self.policy = shard(train._load(folder, config, ranks), ranks, precision)
+            self.policy = build.build_policy(folder, config, ranks)
         with meter.label("reference"):
-            self._reference = train._reference(self.policy, folder, config, ranks)
+            self._reference = build.build_reference(self.policy, folder, config, ranks)
         with meter.label("rollout_weights"):
             self._whole = WholeCopy(self.policy, ranks, precision)
             self._decoder = Decoder(self._whole.policy)
-        meter.end()
+        meter.begin(BESIDE)  # a run has its moments from its first step on
         self._cache: Cache | None = None
         with meter.label("optimizer"):
-            self._optimizer = train._optimizer(self.policy, config)
+            self._optimizer = build.build_optimizer(self.policy, config)
             for weight in self._trained():
                 weight.grad = torch.zeros_like(weight)
             self._optimizer.step()
             self._optimizer.zero_grad()
+        meter.end()
 
     def _trained(self) -> list[torch.nn.Parameter]:
         return [weight for weight in self.policy.parameters() if weight.requires_grad]
@@ -227,13 +231,19 @@ class _Laps:
 def nothing_there(model: Qwen2_5_VLConfig, tracker: Tracker) -> Iterator[None]:
     """Let a rehearsal load no weights, read no result and say what it allocates for."""
 
-    def load_policy(folder: Path, dtype: torch.dtype = torch.float32) -> Policy:
+    def empty_policy(folder: Path, dtype: torch.dtype) -> Policy:
         with torch.device("meta"):
             vlm = Qwen2_5_VLForConditionalGeneration(copy.deepcopy(model))
-        return Policy(vlm.to(dtype).to_empty(device="meta"))
+        policy = Policy(vlm.to(dtype))
+        for name, buffer in list(policy.named_buffers()):  # which are not on "meta" in truth
+            policy.set_tensor(name, torch.empty_like(buffer, device="meta"))
+        return policy
 
     changes: list[tuple[Any, str, Callable]] = [
-        (train, "load_policy", load_policy),
+        (build, "empty_policy", empty_policy),
+        (build, "check_weights", lambda model, folder: {}),
+        (build, "read_weights", lambda *args: None),
+        (build, "draw_adapters", lambda *args: None),
         (train, "update_statistics", lambda *args: {}),
         (Cache, "_replay", lambda cache, rows, sampling: cache._step(rows, cache.shape.berths, sampling)),
         (Policy, "_scored", tracker.labelled("activations", Policy._scored)),

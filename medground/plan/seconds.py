@@ -24,7 +24,7 @@ from medground.costs import Sizes, step_operations
 from medground.micro_batches import Load, deal
 from medground.plan.efficiency import PHASES, Efficiencies
 from medground.plan.floors import decode_bytes, decoding, floors
-from medground.plan.gpus import NODE, Gpu
+from medground.plan.gpus import NODE, Gpu, shards_of
 from medground.plan.rehearsal import Facts, Job, cache_shape
 
 ANSWER_TOKENS = 100
@@ -123,7 +123,8 @@ def step_on(setting: Setting, gpus: int, prompts: int) -> Step:
     counted = step_operations(facts.network, every, scorings=scorings(config), epochs=config.loss.inner_epochs)
     needed = {phase: operations / gpus for phase, operations in counted.items()}
     needed["update"] += recomputed(setting, every) / gpus
-    model = facts.model._replace(parameters=-(-facts.model.parameters // gpus))
+    shards = shards_of(config.sharding.replicas, gpus)
+    model = facts.model._replace(parameters=-(-facts.model.parameters // shards))
     least = floors(model, slowest, needed, reached.rates, slots)
     micro = _micro_batches(setting, ranks[0])
     phases = {}
@@ -148,10 +149,10 @@ def scorings(config: Config) -> int:
 
 
 def recomputed(setting: Setting, groups: list[Sizes]) -> float:
-    """Operations of the layers' second forward pass under activation checkpointing."""
+    """Operations of the layers' second forward pass under full activation checkpointing."""
     config, network = setting.config, setting.facts.network
-    if not config.model.gradient_checkpointing:
-        return 0.0
+    if config.model.activation_checkpointing != "full":
+        return 0.0  # selective: no product is computed again
     forward = step_operations(network, groups, scorings=1)["score"]
     head = 2.0 * network.head_weights * sum(sum(group.completions) for group in groups)
     return config.loss.inner_epochs * (forward - head)
@@ -172,8 +173,10 @@ def _communication(setting: Setting, phase: str, micro: int, gpus: int, computin
     """Seconds in which a phase only communicates."""
     facts, config = setting.facts, setting.config
 
+    shards = shards_of(config.sharding.replicas, gpus)
+
     def seconds(whole: float, calls: float) -> float:
-        return collective_seconds(setting.gpu, setting.reached, whole, calls, gpus)
+        return collective_seconds(setting.gpu, setting.reached, whole, calls, shards)
 
     gather = seconds(facts.gathered, facts.units)
     if phase == "decode":  # the refresh
@@ -183,10 +186,21 @@ def _communication(setting: Setting, phase: str, micro: int, gpus: int, computin
         return max(passes * gather - computing, passes * gather / facts.units)
     if phase == "update":
         again, reduce = seconds(facts.gathered_again, facts.units - 1), seconds(facts.reduced, facts.units)
-        passes = micro * config.loss.inner_epochs
-        whole = passes * (gather + again) + config.loss.inner_epochs * reduce
+        epochs = config.loss.inner_epochs
+        passes = micro * epochs
+        sums = passes if config.sharding.reduce == "each" else epochs
+        whole = passes * (gather + again) + sums * reduce + epochs * _across(setting, gpus // shards, shards)
         return max(whole - computing, passes * gather / facts.units)
     return 0.0
+
+
+def _across(setting: Setting, replicas: int, shards: int) -> float:
+    """Seconds of summing each GPU's shard of the gradients across replicas, which lie on other nodes."""
+    if replicas == 1:
+        return 0.0
+    facts, bandwidth = setting.facts, setting.gpu.network * setting.reached.network.value
+    calls = facts.units * (NODE_LATENCY + RING_LATENCY * (replicas - 1))
+    return 2 * facts.reduced / shards * (replicas - 1) / replicas / bandwidth + calls
 
 
 def _answers(setting: Setting, ranks: int, prompts: int) -> list[list[Sizes]]:

@@ -49,7 +49,8 @@ def _title(plan: dict[str, Any]) -> str:
     what = f"adapters of rank {model['lora_rank']}" if model["lora_rank"] else "all weights"
     trained = f"{model['trained'] / 1e9:.2f} of {model['parameters'] / 1e9:.2f} billion trained ({what})"
     extras = [model["precision"]]
-    extras += ["activation checkpointing"] * model["gradient_checkpointing"]
+    recomputed = model["activation_checkpointing"]
+    extras += [f"{recomputed} activation checkpointing"] * (recomputed != "none")
     extras += ["a reference policy"] * model["reference"]
     return "\n".join(
         [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,8 @@ from medground.records import Example, Group, Prompt, Rollout
 
 TEXT_TOKENS = 160
 """Assumed: the longest template with its chat takes about 100 tokens, a long phrase 60."""
+UNKNOWN_STEPS = 1000
+"""Assumed where a run is in epochs and its data are not here."""
 
 
 class PromptSize(NamedTuple):
@@ -49,8 +52,8 @@ class MicroBatch(NamedTuple):
 
 def longest_prompt(config: Config, text_tokens: int | None = None) -> PromptSize:
     """Of a data folder and model folder that are there, or else of `data.max_pixels` and so many tokens of text."""
-    data, model = Path(config.data.path), Path(config.model.path)
-    if text_tokens is None and (data / "records.jsonl").is_file() and (model / "tokenizer_config.json").is_file():
+    tokenizer = Path(config.model.path) / "tokenizer_config.json"
+    if text_tokens is None and _data_is_here(config) and tokenizer.is_file():
         return _measured_prompt(config)
     side = config.data.max_pixels // 28**2
     if not side:
@@ -62,14 +65,28 @@ def longest_prompt(config: Config, text_tokens: int | None = None) -> PromptSize
 
 
 def _measured_prompt(config: Config) -> PromptSize:
-    examples = load_records(config.data.path)
+    examples = [example for folder in config.data.path for example in load_records(folder)]
     processor = load_processor(Path(config.model.path), config.data.min_pixels, config.data.max_pixels)
     tokens = {example.id: prompt_tokens(example, processor, config.prompt.template) for example in examples}
     text = max(words for words, _ in tokens.values())
     largest = max(examples, key=lambda example: tokens[example.id][1])
     limits = {"min_pixels": config.data.min_pixels, "max_pixels": config.data.max_pixels}
     height, width = smart_resize(largest.height, largest.width, 28, **limits)
-    return PromptSize(text, (height // 14, width // 14), f"longest text and largest image of {config.data.path}")
+    return PromptSize(
+        text, (height // 14, width // 14), f"longest text and largest image of {', '.join(config.data.path)}"
+    )
+
+
+def in_steps(config: Config) -> Config:
+    """The configuration with steps: those that its epochs come to, or 1000 where the data are not here."""
+    if not _data_is_here(config):
+        return replace(config, steps=config.steps or UNKNOWN_STEPS, epochs=0)
+    records = [load_records(folder) for folder in config.data.path]
+    return config.in_steps(sum(example.split == config.data.train_split for part in records for example in part))
+
+
+def _data_is_here(config: Config) -> bool:
+    return all((Path(folder) / "records.jsonl").is_file() for folder in config.data.path)
 
 
 def check_sizes(config: Config, prompt: PromptSize, gpus: int, context: int) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -120,6 +120,7 @@ class Engine:
         step: int = 0,
         bar: tqdm | None = None,
         lengths: Lengths | None = None,
+        stop: Callable[[], bool] | None = None,
     ) -> Iterator[tuple[int, Group]]:
         """Sample completions; `stats` tells of the last call.
 
@@ -132,6 +133,7 @@ class Engine:
             step: of the run; another step draws other completions.
             bar: moves on by one for each completion.
             lengths: cut each completion at its own limit, within the engine's; for benchmarks.
+            stop: asked before each decoding step; True ends the roll-out, and groups that are not complete are lost.
 
         Yields:
             (number of the prompt, its group), as groups are complete.
@@ -144,7 +146,7 @@ class Engine:
         if count:
             cache = self._cache_for(count, copies)
             run = _Run(self, cache, prompts, copies, sampling, f"{seed}/{step}", bar, lengths)
-            yield from run.groups()
+            yield from run.groups(stop or (lambda: False))
 
     def _cache_for(self, prompts: int, copies: int) -> Cache:
         weight = self.policy.vlm.lm_head.weight
@@ -215,11 +217,11 @@ class _Run:
         # one step is under way on a GPU while the host looks at the one before
         self.ahead = 1 if self.cuda else 0
 
-    def groups(self) -> Iterator[tuple[int, Group]]:
+    def groups(self, stop: Callable[[], bool]) -> Iterator[tuple[int, Group]]:
         under_way: deque[tuple[list[tuple[_Row, int]], Tensor, torch.cuda.Event | None]] = deque()
         start, away = self._now(), 0.0
         self._fill()
-        while self.rows or under_way or self.complete:
+        while (self.rows or under_way or self.complete) and not stop():
             if self.rows:
                 under_way.append(self._step())
             if len(under_way) > self.ahead or (under_way and not self.rows):

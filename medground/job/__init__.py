@@ -1,0 +1,1 @@
+"""What keeps a job of several ranks together, and says what is wrong with it."""
