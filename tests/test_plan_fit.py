@@ -14,12 +14,14 @@ from medground.plan.tracker import Peak
 WHOLE = 8 * 40_000  # tokens of all of a rank's groups
 
 
-def search_over(memory: Callable[[int], float], room: float, given: int, tmp_path) -> tuple[Search, dict[int, Peak]]:
+def search_over(
+    memory: Callable[[int], float], room: float, given: int, tmp_path, slack: float = 0.0, context: float = 0.0
+) -> tuple[Search, dict[int, Peak]]:
     """Search where so many tokens take that memory; groups are of 40,000 tokens, 8 a rank."""
     config = made_config(
         tmp_path, rollout_max_new_tokens=9991, loss_micro_batch_tokens=given, rollout_prompts_per_step=8
     )
-    search = Search(config, made_job(config), 1, Room(room, 0.0, 0.0))
+    search = Search(config, made_job(config), 1, Room(room, slack, context))
     assert (search._least, search.whole) == (40_000, WHOLE)
     found = DryRun(
         {"load": Peak(0, {}), **dict.fromkeys(("score", "update", "optimizer"), _peak(memory(min(given, WHOLE))))},
@@ -57,6 +59,15 @@ def test_one_step_more_does_not_fit(memory, room, given, tmp_path):
         assert memory(search.best) <= room < memory(search.best + GRAIN)
         assert room < search.peaks[min(t for t in search.peaks if t > search.best)].total, "it was seen not to fit"
     assert len(tried) <= 9
+
+
+def test_slack_and_context_are_part_of_the_line(tmp_path):
+    def memory(tokens: int) -> float:
+        return 1e9 + 1000 * tokens
+
+    search, tried = search_over(memory, 1.5e9, 100_001, tmp_path, slack=0.2, context=1e8)
+    assert search.best and 1.2 * memory(search.best) + 1e8 <= 1.5e9 < 1.2 * memory(search.best + GRAIN) + 1e8
+    assert len(tried) <= 4
 
 
 def test_everything_at_once_needs_no_second_try(tmp_path):

@@ -80,6 +80,11 @@ def test_the_refresh_is_never_hidden_and_the_rest_is_where_it_can_be(setting):
     computing, micro = one.phases["update"].seconds, 4
     shown = max(micro * (gather + again) + reduce - computing, micro * gather / 7)
     assert two.phases["update"].communication == pytest.approx(shown, rel=1e-3)
+    assert two.phases["optimizer"].seconds == pytest.approx(one.phases["optimizer"].seconds / 2)
+    idle = replace(setting, reached=REACHED._replace(rates=Rates(1e9, 1e6)))
+    assert step_on(idle, 2, 16).phases["score"].communication == pytest.approx(micro * gather / 7), (
+        "one unit of each pass"
+    )
     slow = replace(setting, gpu=GPU._replace(link=2e6))
     assert step_on(slow, 2, 16).phases["update"].bound == "network"
     fast = replace(setting, gpu=GPU._replace(link=1e15), reached=REACHED._replace(rates=Rates(1e9, 1e6)))
