@@ -6,7 +6,6 @@ vocabulary: nobody can draw it, so completions are all as long as they may be, o
 """
 
 import copy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,11 +16,11 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from medground.plan.shapes import IMAGE_TOKENS, MERGE, PATCH, PUBLISHED, Architecture, config_of
 from medground.policy import Policy
 from medground.prompts import IMAGE_TOKEN, TEMPLATES, Processor, make_prompt
 from medground.records import Example, Group, Prompt, Rollout
 
-PATCH, MERGE = 14, 2
 TEMPLATE = "brief"
 _SPECIAL = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", IMAGE_TOKEN, "<|video_pad|>"
@@ -57,32 +56,11 @@ class Size(NamedTuple):
         return self.G * (self.P + self.C) / (self.P + self.G * self.C)
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """Shape of a model, and the deviation of its random weights."""
-
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    intermediate: int
-    V: int
-    tied: bool
-    vision_depth: int
-    vision_hidden: int
-    vision_heads: int
-    vision_intermediate: int
-    full_attention: tuple[int, ...]
-    deviation: float
-
-
-_LARGE_VISION = (32, 1280, 16, 3420, (7, 15, 23, 31), 0.02)
 ARCHITECTURES = {
     # of the usual 0.02, so small a model would make nearly flat distributions
     "tiny": Architecture(64, 2, 4, 2, 96, 320, False, 2, 32, 2, 64, (1,), 0.1),
     "small": Architecture(256, 4, 8, 2, 704, 2048, False, 4, 128, 4, 256, (1, 3), 0.06),
-    "3b": Architecture(2048, 36, 16, 2, 11_008, 151_936, True, *_LARGE_VISION),
-    "7b": Architecture(3584, 28, 28, 4, 18_944, 152_064, False, *_LARGE_VISION),
+    **PUBLISHED,
 }
 SIZES = dict.fromkeys(ARCHITECTURES, Size(600, 40, 8, 128)) | {"tiny": Size(40, 8, 2, 6)}
 
@@ -108,46 +86,8 @@ def make_processor(V: int, size: Size) -> Processor:
 def make_config(shape: Architecture, processor: Processor) -> Qwen2_5_VLConfig:
     """The configuration as transformers reads it."""
     token = processor.tokenizer.convert_tokens_to_ids
-    half = shape.hidden // shape.heads // 2
-    config = Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": shape.V,
-            "initializer_range": shape.deviation,
-            "hidden_size": shape.hidden,
-            "intermediate_size": shape.intermediate,
-            "num_hidden_layers": shape.layers,
-            "num_attention_heads": shape.heads,
-            "num_key_value_heads": shape.kv_heads,
-            "max_position_embeddings": 32_768,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e6,
-                "mrope_section": [half - 2 * (half * 3 // 8), half * 3 // 8, half * 3 // 8],
-            },
-            "bos_token_id": None,
-            "eos_token_id": None,
-            "pad_token_id": token("<|endoftext|>"),
-        },
-        vision_config={
-            "depth": shape.vision_depth,
-            "initializer_range": shape.deviation,
-            "hidden_size": shape.vision_hidden,
-            "intermediate_size": shape.vision_intermediate,
-            "num_heads": shape.vision_heads,
-            "out_hidden_size": shape.hidden,
-            "patch_size": PATCH,
-            "spatial_merge_size": MERGE,
-            "window_size": 112,
-            "fullatt_block_indexes": list(shape.full_attention),
-        },
-        image_token_id=token(IMAGE_TOKEN),
-        video_token_id=token("<|video_pad|>"),
-        vision_start_token_id=token("<|vision_start|>"),
-        vision_end_token_id=token("<|vision_end|>"),
-        tie_word_embeddings=shape.tied,
-    )
-    config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
-    return config
+    names = ("<|vision_start|>", "<|vision_end|>", IMAGE_TOKEN, "<|video_pad|>")
+    return config_of(shape, dict(zip(IMAGE_TOKENS, map(token, names), strict=True)), token("<|endoftext|>"))
 
 
 def make_vlm(

@@ -28,6 +28,7 @@ from medground.config import (
 )
 from medground.costs import network_of, peak_of, sizes_of, step_operations
 from medground.evaluate import Asker
+from medground.loading import Loader, PromptMaker, Question
 from medground.preflight import limits_of
 from medground.prompts import load_processor
 from medground.records import Group, Prompt, Rollout
@@ -50,7 +51,7 @@ def make_our_config(job: Job) -> Config:
         model=ModelConfig(
             path=str(job.model), activation_checkpointing="full" if work.checkpointing else "none", lora=job.lora
         ),
-        data=DataConfig(path=str(job.data), min_pixels=job.pixels, max_pixels=job.pixels),
+        data=DataConfig(path=(str(job.data),), min_pixels=job.pixels, max_pixels=job.pixels),
         prompt=PromptConfig(template=TEMPLATE),
         rollout=RolloutConfig(prompts_per_step=len(job.examples), group_size=G, max_new_tokens=C),
         loss=LossConfig(loss_type="dapo", beta=0.0, micro_batch_tokens=work.groups_at_once * (P + G * C)),
@@ -75,7 +76,8 @@ class OurSide:
         self.optimizer = build_optimizer(policy, config)
         whole = WholeCopy(policy, ranks, config.model.precision)
         engine = Engine(whole.policy, processor.tokenizer, limits)
-        self.asker = Asker(policy, whole, engine, processor, config, ranks)
+        make = PromptMaker(config.data.path, processor, config.prompt.template)
+        self.asker = Asker(policy, whole, engine, Loader(make, workers=0, ahead=1), config, ranks)
         self.network, self._peak = network_of(policy), peak_of(ranks, dtype)
         self._roll_out = engine.roll_out
         self.steps = 0
@@ -90,14 +92,14 @@ class OurSide:
             return lengths[prompt.example.id][index]
 
         clock = Clock(peak=self._peak)
-        prompts = [asker.prompt(example) for example in self.job.examples]
+        prompts = [asker.loader.make(Question(example)) for example in self.job.examples]
         clock.lap("data")
         asker.engine.roll_out = functools.partial(self._roll_out, lengths=length)
         groups = train._roll_out(asker, prompts, self.steps)
         clock.lap("prefill", asker.engine.stats.prefill_seconds)
         clock.lap("decode")
         total = torch.tensor([[reward(r.text) for r in g.rollouts] for g in groups])
-        rewards = Rewards(total, *(torch.zeros_like(total) for _ in range(3)))
+        rewards = Rewards(total, {}, {}, torch.zeros_like(total))
         advantages = group_advantage(total, normalize=config.loss.advantage)
         clock.lap("reward")
         work = step_operations(self.network, sizes_of(groups), scorings=train._scorings(config))
@@ -136,7 +138,7 @@ class OurSide:
         In an adapter's first step that is the gradient of B, since that of A is zero while B is.
         """
         policy, config = self.asker.policy, self.config
-        prompts = [self.asker.prompt(example) for example in self.job.examples]
+        prompts = [self.asker.loader.make(Question(example)) for example in self.job.examples]
         if not torch.equal(torch.stack([prompt.input_ids for prompt in prompts]), theirs.prompts):
             raise ValueError("want the same prompts on both sides; theirs have other tokens")
         groups = [

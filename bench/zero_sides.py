@@ -100,7 +100,7 @@ def make_work(model: str, ranks: Ranks, prompts: int, groups_at_once: int, check
         out="unused",
         steps=1000,
         model=ModelConfig(path="unused", activation_checkpointing="full" if checkpointing else "none"),
-        data=DataConfig(path="unused"),
+        data=DataConfig(path=("unused",)),
         rollout=RolloutConfig(prompts_per_step=count, group_size=G, max_new_tokens=C),
         loss=LossConfig(loss_type="dapo", beta=0.0, micro_batch_tokens=groups_at_once * (P + G * C)),
         optimizer=OptimizerConfig(lr=LR, warmup_steps=0, final_lr_fraction=1.0),

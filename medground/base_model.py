@@ -25,12 +25,13 @@ from tqdm import tqdm
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from medground.answers import render_answer
 from medground.base_config import BaseConfig
 from medground.datasets.phantom import VERSION as PHANTOM_VERSION
 from medground.datasets.phantom import phantom_examples
 from medground.packing import pack
 from medground.policy import Policy
-from medground.prompts import Processor, load_processor, make_prompt, render_answer, to_processed
+from medground.prompts import Processor, load_processor, make_prompt, to_processed
 from medground.records import Box, Example, Group, Prompt, Rollout
 
 _SPECIAL = (
@@ -95,7 +96,7 @@ class _Lesson(NamedTuple):
         tensors["pixel_values"] = tensors["pixel_values"].float()
         return Prompt(
             self.example,
-            **tensors,
+            **tensors,  # type: ignore[arg-type]  # none of them is called coordinates
             image_keys=self.image_keys,
             processed_width=self.processed_width,
             processed_height=self.processed_height,

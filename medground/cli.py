@@ -1,6 +1,8 @@
 """The `medground` command: each verb reads its options, then imports what it needs."""
 
+import argparse
 import importlib
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -22,9 +24,13 @@ commands:
   data prepare SOURCE   turn an original data set into records: ms-cxr, chestxray8, m3d-refseg, coco, vlm-r1, csv
   data audit DIR  check a data set, and measure what a guess without looking reaches
   base            build the small base model of the demo
+  prompt          print what the model is asked, for a template, a phrase, an image
+  encoders check NAME   see whether an encoder knows true crops from others, for the semantic reward
+  encoders build  train the small encoder for phantom films
   train PRESET    train; under torchrun: torchrun --nproc-per-node N -m medground.train PRESET
   train --config FILE   train with the configuration of an earlier run
-  report RUN DATA       write the page of a run again
+  plan PRESET           memory and time of a run on N GPUs, before anybody rents them
+  report RUN DATA...    write the page of a run again
 
 medground COMMAND --help lists the options of a command."""
 
@@ -33,18 +39,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit status: 0; 2 where the user made a mistake, 1 where a run cannot go on, which is then named on
-        standard error; 130 when interrupted.
+        The exit status: 0; 1 where a plan does not fit or a run cannot go on, which is named on standard error; 2 where
+        the user made a mistake, which is named there too; 130 when interrupted.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(_HELP)
         return 0 if words else 2
-    name = " ".join(words[:2]) if words[0] == "data" else words[0]
+    name = " ".join(words[:2]) if words[0] in ("data", "encoders") else words[0]
     try:
         if name not in _COMMANDS:
             raise ValueError(f"unknown command {name!r}; known are {', '.join(_COMMANDS)}")
-        _COMMANDS[name](words[len(name.split()) :])
+        return _COMMANDS[name](words[len(name.split()) :]) or 0
     except (ValueError, RuntimeError) as error:
         kind, rank = type(error), os.environ.get("RANK", "0")
         ours = kind.__module__.startswith("medground")
@@ -57,7 +63,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("medground: interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 def _train(words: list[str]) -> None:
@@ -67,8 +72,12 @@ def _train(words: list[str]) -> None:
     train(config)
 
 
-def train_config(words: list[str]) -> Config:
+def train_config(words: list[str], verb: str = "train") -> Config:
     """The configuration that `medground train WORDS` asks for.
+
+    Args:
+        words: preset or file, and options.
+        verb: in place of train, in messages.
 
     Raises:
         ValueError: the preset or the file is not usable, or a value is impossible.
@@ -80,15 +89,56 @@ def train_config(words: list[str]) -> Config:
         if len(words) < 2:
             raise ValueError("--config: want a file name; got none")
         return tyro.cli(
-            Config, prog="medground train --config FILE", args=words[2:], default=load_config(Path(words[1]))
+            Config, prog=f"medground {verb} --config FILE", args=words[2:], default=load_config(Path(words[1]))
         )
     if not words or words[0] in ("-h", "--help"):
-        print(f"usage: medground train PRESET [OPTIONS]\n\npresets (PRESET --help lists the options):\n{listing()}")
+        print(f"usage: medground {verb} PRESET [OPTIONS]\n\npresets (PRESET --help lists the options):\n{listing()}")
         raise SystemExit(0 if words else 2)
     if words[0] not in PRESETS:
         raise ValueError(f"unknown preset {words[0]!r}; known are:\n{listing()}")
     text, default = PRESETS[words[0]]
-    return tyro.cli(Config, prog=f"medground train {words[0]}", description=text, args=words[1:], default=default)
+    return tyro.cli(Config, prog=f"medground {verb} {words[0]}", description=text, args=words[1:], default=default)
+
+
+_PLAN_HELP = """usage: medground plan PRESET [--gpus N] [--gpu KIND] [--json] [OPTIONS]
+       medground plan --config FILE [--gpus N] [--gpu KIND] [--json] [OPTIONS]
+
+Memory of a GPU, by a dry run of the training code on tensors without memory; seconds of a step and what bounds them, on
+1 to 1024 GPUs, reckoned. Needs neither GPUs nor weights. Exit status: 0 where the run fits, 1 where it does not.
+
+  --gpus N            how many GPUs (8)
+  --gpu KIND          h100-80gb (default), h200-141gb, a100-40gb, a100-80gb, l40s-48gb, rtx-4090-24gb, rtx-a6000-48gb or
+                      cpu
+  --json              everything as JSON
+  --text-tokens N     text of the longest prompt; else of the data and model folders, if they are there, or assumed
+  --answer-tokens N   mean length of a completion; else assumed
+
+OPTIONS are those of medground train, whose presets are also here:
+"""
+
+
+def _plan(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="medground plan", add_help=False, allow_abbrev=False)
+    parser.add_argument("--gpus", type=int, default=8)
+    parser.add_argument("--gpu", default="h100-80gb")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--text-tokens", type=int, default=None)
+    parser.add_argument("--answer-tokens", type=float, default=None)
+    args, rest = parser.parse_known_args(words)
+    if not rest or rest[0] in ("-h", "--help"):
+        print(_PLAN_HELP + "\n".join(f"  {name:20} {text}" for name, (text, _) in PRESETS.items()))
+        return 0 if rest else 2
+    config = train_config(rest, "plan")
+    from tqdm import tqdm
+
+    from medground.plan.planner import Asked, make_plan
+    from medground.plan.text import render
+
+    with tqdm(desc="plan", bar_format="{desc}: {postfix} [{elapsed}]") as bar:
+        asked = Asked(args.gpu, args.gpus, args.text_tokens, args.answer_tokens)
+        plan = make_plan(config, asked, lambda what: bar.set_postfix_str(what))
+    print(json.dumps(plan, indent=1) if args.json else render(plan))
+    return 0 if plan["memory"]["fits"] else 1
 
 
 def _phantom(words: list[str]) -> None:
@@ -124,6 +174,29 @@ def _base(words: list[str]) -> None:
     build_base(config)
 
 
+def _prompt(words: list[str]) -> None:
+    from medground.show_prompt import ShowPromptConfig, show_prompt
+
+    show_prompt(_options(ShowPromptConfig, "medground prompt", words))
+
+
+def _check_encoder(words: list[str]) -> None:
+    from medground.encoder_tools import CheckConfig, check_encoder
+
+    program = "medground encoders check NAME"
+    if not words or words[0].startswith("-"):
+        if words not in (["-h"], ["--help"]):
+            raise ValueError("encoders check: want the encoder's name first, as in --reward.encoder; got none")
+        _options(CheckConfig, program, words)
+    check_encoder(words[0], _options(CheckConfig, program, words[1:]))
+
+
+def _build_encoder(words: list[str]) -> None:
+    from medground.encoder_tools import BuildConfig, build_encoder
+
+    build_encoder(_options(BuildConfig, "medground encoders build", words))
+
+
 def _demo(words: list[str]) -> None:
     from medground.demo import DemoConfig, run_demo
 
@@ -131,13 +204,13 @@ def _demo(words: list[str]) -> None:
 
 
 def _report(words: list[str]) -> None:
-    if len(words) != 2 or words[0] in ("-h", "--help"):
-        print("usage: medground report RUN DATA\n\nWrites RUN/report.html; DATA is the folder of the run's records.")
+    if len(words) < 2 or words[0] in ("-h", "--help"):
+        print("usage: medground report RUN DATA...\n\nWrites RUN/report.html; DATA: the folders of its records.")
         raise SystemExit(0 if words[:1] in (["-h"], ["--help"]) else 2)
     from medground.report.page import write_report
 
     run = Path(words[0])
-    write_report(run, Path(words[1]), run / "report.html")
+    write_report(run, words[1:], run / "report.html")
     print(run / "report.html")
 
 
@@ -156,12 +229,16 @@ _SOURCES = {  # name -> file of medground/datasets, its options, its function
     "vlm-r1": ("vlm_r1", "VlmR1Config", "prepare_vlm_r1"),
     "csv": ("own_csv", "OwnCsvConfig", "prepare_csv"),
 }
-_COMMANDS: dict[str, Callable[[list[str]], None]] = {
+_COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "demo": _demo,
     "data phantom": _phantom,
     "data prepare": _prepare,
     "data audit": _audit,
     "base": _base,
+    "prompt": _prompt,
+    "encoders check": _check_encoder,
+    "encoders build": _build_encoder,
     "train": _train,
+    "plan": _plan,
     "report": _report,
 }

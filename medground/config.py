@@ -78,11 +78,33 @@ class ShardingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """How far the images of training may be changed, under which phrase and boxes stay true (docs/data/loading.md)."""
+
+    flip: float = 0.0
+    """Share of the prompts whose image is mirrored, left and right swapped in the phrase, where that is safe."""
+    shift: float = 0.0
+    """Largest shift, as a fraction of width and height."""
+    scale: float = 0.0
+    """Largest change of size: 0.1 for 0.9 to 1.1."""
+    intensity: float = 0.0
+    """Largest change of contrast and of brightness: 0.1 for 0.9 to 1.1 each."""
+
+    def __post_init__(self) -> None:
+        _want(0 <= self.flip <= 1, "data.augment.flip", "0 <= flip <= 1", self.flip)
+        for name in ("shift", "scale", "intensity"):
+            value = getattr(self, name)
+            _want(0 <= value <= 0.3, f"data.augment.{name}", f"0 <= {name} <= 0.3 (small changes)", value)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The records to train and evaluate on (docs/data/records.md)."""
 
-    path: str
-    """Folder that holds records.jsonl."""
+    path: tuple[str, ...]
+    """Folder that holds records.jsonl; several are one data set, to which each adds its splits."""
+    weights: tuple[float, ...] = ()
+    """Of each folder, its share of the prompts that are trained on, over the sum; without any, records count alike."""
     train_split: str = "train"
     """Split that is trained on."""
     curve_split: str = "val"
@@ -93,19 +115,33 @@ class DataConfig:
     """Smaller images are enlarged to this many pixels."""
     max_pixels: int = 1280 * 28 * 28
     """Larger images are reduced to this many pixels."""
+    workers: int = 0
+    """Processes of each rank that make the next prompts: they read, resize and tokenise; 0 for a thread of the rank.
+    Changes nothing of the prompts."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
-        _want(bool(self.path), "data.path", "a folder name", self.path)
+        named = isinstance(self.path, tuple) and bool(self.path) and all(self.path)
+        _want(named, "data.path", "the name of a folder, or of several", self.path)
+        fitting = not self.weights or len(self.weights) == len(self.path)
+        _want(fitting, "data.weights", f"as many as folders, {len(self.path)}, or none", self.weights)
+        usable = all(0 <= weight < math.inf for weight in self.weights) and (not self.weights or any(self.weights))
+        _want(usable, "data.weights", "numbers >= 0, one of them > 0", self.weights)
         in_order = 0 < self.min_pixels <= self.max_pixels
         _want(in_order, "data.min_pixels", "0 < min_pixels <= max_pixels", self.min_pixels)
+        _want(0 <= self.workers <= 64, "data.workers", "0 to 64", self.workers)
+
+
+Template = Literal["brief", "plain", "patient-side", "chain-of-box"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptConfig:
     """How the model is asked."""
 
-    template: Literal["brief", "plain", "patient-side"] = "patient-side"
-    """Wording of the question; brief is for small models, plain is MedGround-R1's."""
+    template: Template = "patient-side"
+    """Wording of the question; brief is for small models, plain is MedGround-R1's, patient-side says whose left and
+    right are meant, chain-of-box also asks for a box after every region named while thinking."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,22 +188,69 @@ class RolloutConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
-    """What a completion earns: the weighted sum of its rewards."""
+    """What a completion earns: the weighted sum of its rewards (docs/rewards.md)."""
 
     format_weight: float = 1.0
-    """Weight of the format reward (1 for a well-formed completion, else 0)."""
+    """Weight of the format reward (1 for a completion of exactly the template's form, else 0)."""
     spatial_weight: float = 1.0
     """Weight of the spatial reward."""
-    spatial: Literal["soft", "hard"] = "soft"
-    """soft: the IoU itself; hard: 1 where the IoU exceeds the threshold."""
+    spatial: Literal["soft", "hard", "giou", "stepped", "curriculum"] = "soft"
+    """soft: the IoU itself; hard: 1 where the IoU exceeds the threshold; giou: (1 + GIoU) / 2; stepped: the fraction of
+    several thresholds that it exceeds; curriculum: hard, its threshold raised as the policy improves."""
     threshold: float = 0.5
     """IoU threshold of the hard reward."""
+    thresholds: tuple[float, ...] = (0.3, 0.5, 0.7)
+    """IoU thresholds of the stepped reward."""
+    curriculum_start: float = 0.3
+    """First IoU threshold of the curriculum."""
+    curriculum_end: float = 0.8
+    """Its last."""
+    curriculum_window: int = 30
+    """Groups that it looks back on."""
+    curriculum_reward: float = 0.6
+    """Mean reward over the window from which the threshold is raised."""
+    curriculum_spread: float = 0.4
+    """Largest deviation of the groups' mean rewards at which it is."""
+    length_weight: float = 0.0
+    """Weight of the length reward (0 to -1 over the last tokens before the limit)."""
+    length_buffer: int = 128
+    """Those tokens."""
+    semantic_weight: float = 0.0
+    """Weight of the semantic reward (whether the crop looks like the phrase to a frozen encoder)."""
+    semantic: Literal["cosine", "contrast"] = "contrast"
+    """cosine: of crop and phrase, the paper's; contrast: against other phrases and the whole image, times a prior on
+    area."""
+    encoder: str = ""
+    """Encoder of the semantic reward: open_clip:PLACE, transformers:PLACE, medclip:FOLDER or phantom:FOLDER."""
+    crop_context: float = 1.2
+    """Sides of a crop, in those of the box."""
+    custom: str = ""
+    """A reward of your own, module:function; it takes a Batch (medground/rewards/batch.py), gives B x G numbers."""
+    custom_weight: float = 1.0
+    """Its weight."""
 
     def __post_init__(self) -> None:
-        _want(0 <= self.format_weight < math.inf, "reward.format_weight", "a number >= 0", self.format_weight)
-        _want(0 <= self.spatial_weight < math.inf, "reward.spatial_weight", "a number >= 0", self.spatial_weight)
-        _want(self.format_weight + self.spatial_weight > 0, "reward.spatial_weight", "one weight > 0", 0.0)
+        weights = [name for name in vars(self) if name.endswith("_weight")]
+        for name in weights:
+            _want(0 <= getattr(self, name) < math.inf, f"reward.{name}", "a number >= 0", getattr(self, name))
+        _want(
+            not self.semantic_weight or bool(self.encoder), "reward.encoder", "an encoder for the semantic reward", ""
+        )
+        _want(1 <= self.crop_context < math.inf, "reward.crop_context", "a number >= 1", self.crop_context)
+        used = [getattr(self, name) for name in weights if name != "custom_weight" or self.custom]
+        _want(sum(used) > 0, "reward.spatial_weight", "one weight > 0", 0.0)
         _want(0 <= self.threshold < 1, "reward.threshold", "0 <= threshold < 1", self.threshold)
+        in_range = len(self.thresholds) > 0 and all(0 <= t < 1 for t in self.thresholds)
+        _want(in_range, "reward.thresholds", "one or more, each 0 <= threshold < 1", self.thresholds)
+        start, end = self.curriculum_start, self.curriculum_end
+        _want(0 <= start < 1, "reward.curriculum_start", "0 <= threshold < 1", start)
+        _want(start <= end < 1, "reward.curriculum_end", "curriculum_start <= threshold < 1", end)
+        _want(self.curriculum_window >= 2, "reward.curriculum_window", ">= 2", self.curriculum_window)
+        _want(0 <= self.curriculum_reward <= 1, "reward.curriculum_reward", "0 <= mean <= 1", self.curriculum_reward)
+        _want(self.curriculum_spread >= 0, "reward.curriculum_spread", "a number >= 0", self.curriculum_spread)
+        _want(self.length_buffer >= 1, "reward.length_buffer", ">= 1", self.length_buffer)
+        _want(not self.custom or 0 < self.custom.find(":") < len(self.custom) - 1, "reward.custom",
+              "module:function", self.custom)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +259,12 @@ class LossConfig:
 
     advantage: Literal["group", "none"] = "group"
     """group: subtract the group's mean and divide by its spread; none: subtract the mean only."""
+    per_reward: bool = False
+    """Divide each reward by its own spread within the group before they are weighed and summed (GDPO)."""
+    drop_zero_spread: bool = False
+    """Leave groups whose completions all earned the same out of the update, KL term and all."""
+    mask_truncated: bool = False
+    """Leave completions that were cut at the token limit out of the update; they still count in their group's mean."""
     loss_type: Literal["grpo", "dr_grpo", "dapo", "cispo", "sapo"] = "dapo"
     """Objective of a token and what the sum is divided by: kernels/grpo_loss.py has the formulas."""
     ratio_level: Literal["token", "sequence"] = "token"
@@ -210,6 +299,8 @@ class LossConfig:
             self.options(temperature=1.0, max_completion_length=1)
         except ValueError as error:
             raise ValueError(f"loss.{error}") from None
+        divided = self.advantage != "none" or not self.per_reward
+        _want(divided, "loss.per_reward", "advantage group, since none divides by no spread", self.advantage)
         _want(self.inner_epochs >= 1, "loss.inner_epochs", ">= 1", self.inner_epochs)
         _want(self.micro_batch_tokens >= 1, "loss.micro_batch_tokens", ">= 1", self.micro_batch_tokens)
 
@@ -294,7 +385,7 @@ class Config:
     steps: int = 0
     """Batches of prompts to train on; 0 where epochs are given."""
     epochs: int = 0
-    """Times that every training record is asked about; in place of steps."""
+    """Times that every training record is asked about, in place of steps; with data.weights, as many prompts."""
     seed: int = 0
     """Seed of the data order, of every sampled token and of new adapters."""
     samples_every: int = 10
@@ -387,11 +478,17 @@ def _value(hint: Any, value: Any, name: str) -> Any:
     if typing.get_origin(hint) is Literal:
         _want(value in typing.get_args(hint), name, f"one of {', '.join(typing.get_args(hint))}", value)
         return value
+    if typing.get_origin(hint) is tuple:
+        items = value if isinstance(value, list) else [value]  # one alone may stand without brackets
+        return tuple(_value(typing.get_args(hint)[0], item, name) for item in items)
     if type(None) in typing.get_args(hint):  # a number or null
         if value is None:
             return None
         hint = typing.get_args(hint)[0]
     if hint is float and type(value) is int:
         return float(value)
+    if typing.get_origin(hint) is tuple:  # of any number of one kind
+        _want(isinstance(value, (list, tuple)), name, "a list", value)
+        return tuple(_value(typing.get_args(hint)[0], item, f"{name}[{i}]") for i, item in enumerate(value))
     _want(type(value) is hint, name, hint.__name__, value)
     return value

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 PEAK_RATES = {
     "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H800": 989e12, "GH200": 989e12,
     "B200": 2250e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L40": 181e12, "L20": 119.5e12, "L4": 121e12,
-    "A40": 149.7e12, "RTX 6000 Ada": 364e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
+    "A40": 149.7e12, "RTX 6000 Ada": 364e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12, "RTX A6000": 154.8e12,
 }  # fmt: skip
 """Dense bfloat16 products with float32 sums a second, from NVIDIA's data sheets, by what the GPU's name has in it."""
 

@@ -1,32 +1,27 @@
 """Greedy answers of a policy to held-out records, with the true images or with other patients'."""
 
-from collections import deque
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TypeVar
+from dataclasses import dataclass, field, replace
 
 from tqdm import tqdm
 
+from medground.answers import parse_answer
 from medground.config import Config
-from medground.datasets.images import read_image
 from medground.job.interruption import Interruption
+from medground.loading import Loader, Question
 from medground.policy import Policy
-from medground.prompts import Processor, make_prompt, parse_answer, to_original
+from medground.prompts import to_original
 from medground.records import Answer, Example, Group, Prompt
 from medground.rollout.cache import Sampling
 from medground.rollout.engine import Engine
 from medground.scoring import Prediction
 from medground.sharding import Ranks, WholeCopy
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True)
 class Asker:
-    """A policy with what it takes to ask it: weights to decode with, processor, data folder, wording, limits.
+    """A policy with what it takes to ask it: weights to decode with, an engine, and what makes prompts.
 
     `interruption` may end a roll-out early; whoever asked has to see whether it did (`Interruption.agree`).
     """
@@ -34,7 +29,7 @@ class Asker:
     policy: Policy
     whole: WholeCopy
     engine: Engine
-    processor: Processor
+    loader: Loader
     config: Config
     ranks: Ranks
     interruption: Interruption = field(default_factory=Interruption)
@@ -43,11 +38,6 @@ class Asker:
         """Whether a roll-out is to end; says that it moves, too."""
         self.ranks.progress.tick()
         return self.interruption.requested is not None
-
-    def prompt(self, example: Example, image: str | None = None) -> Prompt:
-        """The question about an example, on its own image or on another one of the data folder."""
-        picture = read_image(Path(self.config.data.path) / (image or example.image))
-        return make_prompt(example, picture, self.processor, self.config.prompt.template)
 
 
 def evaluate(asker: Asker, examples: Sequence[Example], *, shuffled: bool = False, title: str = "") -> list[Prediction]:
@@ -73,7 +63,7 @@ def evaluate(asker: Asker, examples: Sequence[Example], *, shuffled: bool = Fals
     asker.whole.refresh()
     with (
         tqdm(total=len(mine), desc=title, disable=not ranks.is_first, leave=False) as bar,
-        closing(_ahead(lambda pair: asker.prompt(*pair), mine)) as prompts,
+        closing(asker.loader([Question(*pair) for pair in mine])) as prompts,
     ):
         sampling = Sampling(0.0)
         answers = asker.engine.roll_out(prompts, count=len(mine), copies=1, sampling=sampling, bar=bar, stop=asker.stop)
@@ -87,20 +77,9 @@ def evaluate(asker: Asker, examples: Sequence[Example], *, shuffled: bool = Fals
 def read_answer(text: str, prompt: Prompt) -> Answer:
     """A completion's answer, its boxes in original pixels."""
     answer = parse_answer(text)
-    if answer.boxes is None:
-        return answer
-    return Answer(tuple(to_original(box, prompt) for box in answer.boxes), answer.well_formed)
-
-
-def _ahead(make: Callable[[T], Prompt], items: Sequence[T], most: int = 8) -> Generator[Prompt]:
-    """`make` of each item, in a thread that keeps up to `most` ready."""
-    with ThreadPoolExecutor(1) as maker:
-        waiting = deque(maker.submit(make, item) for item in items[:most])
-        for item in items[most:]:
-            yield waiting.popleft().result()
-            waiting.append(maker.submit(make, item))
-        while waiting:
-            yield waiting.popleft().result()
+    boxes = None if answer.boxes is None else tuple(to_original(box, prompt) for box in answer.boxes)
+    thoughts = tuple(to_original(box, prompt) for box in answer.thought_boxes)
+    return replace(answer, boxes=boxes, thought_boxes=thoughts)
 
 
 def _prediction(group: Group, image: str) -> Prediction:

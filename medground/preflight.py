@@ -1,6 +1,8 @@
 """Everything that can be known before the first step: data, model, memory of the cache, ranks; each mistake by name."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,12 +12,17 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import AutoConfig
 
 from medground.adamw import need_torchao
+from medground.augmentation import swap_sides
 from medground.config import Config, differing_fields
-from medground.datasets.manifest import load_records, records_hash, select
+from medground.data_order import DataOrder
+from medground.datasets.folders import folders_hash, load_folders
+from medground.datasets.manifest import select
 from medground.lora import need_peft
 from medground.policy import check_model
 from medground.prompts import Processor, load_processor, prompt_tokens
 from medground.records import Example
+from medground.rewards.custom import load_custom
+from medground.rewards.encoders import load_encoder
 from medground.rollout.engine import Limits, plan_cache
 from medground.run_folder import check_folder
 from medground.sharding import Ranks, SharedError, compute_dtype
@@ -27,6 +34,7 @@ class Checked(NamedTuple):
 
     Attributes:
         splits: its records.
+        order: of training.
         data_hash: SHA-256 of all of them.
         model_folder: on this machine.
         processor: of the model.
@@ -34,6 +42,7 @@ class Checked(NamedTuple):
     """
 
     splits: Splits
+    order: DataOrder
     data_hash: str
     model_folder: Path
     processor: Processor
@@ -56,28 +65,54 @@ def check_job(config: Config, ranks: Ranks) -> Checked:
 
     def check() -> Checked:
         ranks.replicas(config.sharding.replicas)
-        records = load_records(config.data.path)
-        data_hash = records_hash(config.data.path)
+        parts = load_folders(config.data.path)
+        data_hash = folders_hash(config.data.path)
         check_folder(config, data_hash)
         model_folder = _model_folder(config.model.path)
         check_model(model_folder)
         if config.model.lora.rank:
             need_peft()
+        if config.reward.custom:
+            load_custom(config.reward.custom)
+        if config.reward.semantic_weight:
+            load_encoder(config.reward.encoder)  # to see whether it can be: seconds, once
         if config.optimizer.kind == "adamw-8bit":
             need_torchao()
         processor = load_processor(model_folder, config.data.min_pixels, config.data.max_pixels)
-        names = (config.data.train_split, config.data.curve_split, config.data.test_split)
-        train, curve, test = (select(records, name, config.data.path) for name in names)
-        if not any(example.boxes for example in train):
-            raise ValueError(f"{config.data.path}: want a record with a box in split {names[0]!r}; got none")
-        if len({example.patient for example in test}) < 2:
-            raise ValueError(f"{config.data.path}: want two patients or more in split {names[2]!r} (shuffled images)")
-        splits = Splits(train, curve[: config.evaluation.curve_records], test)
+        splits, order = _splits(parts, config)
         examples = [example for split in splits for example in split]
+        if config.data.augment.flip:  # the swapped word may take more tokens
+            swapped = ((example, swap_sides(example.phrase)) for example in splits.train)
+            examples += [replace(e, id=f"{e.id}, mirrored", phrase=phrase) for e, phrase in swapped if phrase]
         limits = limits_of(config, examples, processor, model_folder, compute_dtype(ranks, config.model.precision))
-        return Checked(splits, data_hash, model_folder, processor, limits)
+        return Checked(splits, order, data_hash, model_folder, processor, limits)
 
     return ranks.together(check)
+
+
+def _splits(parts: list[list[Example]], config: Config) -> tuple[Splits, DataOrder]:
+    """The records of training and evaluations from those of each folder, and the order of training.
+
+    Raises:
+        ValueError: a split has no record, in all folders or in one that has a weight, or cannot serve.
+    """
+    data, folders = config.data, ", ".join(config.data.path)
+    records = [example for part in parts for example in part]
+    # in turn, so that the curve's few records are from all folders
+    curves = [[example for example in part if example.split == data.curve_split] for part in parts]
+    in_turn = [example for some in zip_longest(*curves) for example in some if example]
+    pools = [select(records, data.train_split, folders)]
+    if data.weights:
+        weighted = zip(parts, data.path, data.weights, strict=True)
+        pools = [select(part, data.train_split, folder) for part, folder, weight in weighted if weight]
+    train = [example for pool in pools for example in pool]
+    curve, test = in_turn or select(records, data.curve_split, folders), select(records, data.test_split, folders)
+    if not any(example.boxes for example in train):
+        raise ValueError(f"{folders}: want a record with a box in split {data.train_split!r}; got none")
+    if len({example.patient for example in test}) < 2:
+        raise ValueError(f"{folders}: want two patients or more in split {data.test_split!r} (shuffled images)")
+    order = DataOrder(pools, config.seed, [weight for weight in data.weights if weight])
+    return Splits(train, curve[: config.evaluation.curve_records], test), order
 
 
 def limits_of(

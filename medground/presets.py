@@ -62,7 +62,7 @@ _DEMO = Config(
     out="runs/demo/grpo",
     steps=200,
     model=ModelConfig(path="runs/demo/base"),
-    data=DataConfig(path="runs/demo/data"),
+    data=DataConfig(path=("runs/demo/data",)),
     prompt=PromptConfig(template="brief"),
     rollout=RolloutConfig(prompts_per_step=32, group_size=8, max_new_tokens=64),
     reward=RewardConfig(format_weight=0.2, spatial_weight=1.0),
@@ -103,7 +103,7 @@ def _all_weights(size: str, data: str) -> Config:
         model=ModelConfig(
             path=f"Qwen/Qwen2.5-VL-{size.upper()}-Instruct", activation_checkpointing="selective" if small else "full"
         ),
-        data=DataConfig(path=f"data/{data}", max_pixels=644 * 644),
+        data=DataConfig(path=(f"data/{data}",), max_pixels=644 * 644),
         sharding=ShardingConfig(reduce="each"),
         prompt=PromptConfig(template="patient-side"),
         rollout=RolloutConfig(prompts_per_step=16, group_size=8, temperature=1.0),

@@ -1,12 +1,12 @@
-"""Example -> Prompt, and completion text -> boxes; both in the coordinates that the model speaks.
+"""Example -> Prompt, and boxes to and from the coordinates that the model speaks.
 
-The model sees the image resized so that its sides are multiples of patch * merge (28 pixels for
-Qwen2.5-VL) and names boxes in the pixels of *that* image: `to_processed` and `to_original` convert.
+The model sees the image resized so that its sides are multiples of patch * merge (28 pixels for Qwen2.5-VL). Some
+families name boxes in the pixels of *that* image, others in thousandths of its sides: `to_spoken` and `to_original`
+convert. What a completion says is read in answers.py.
 """
 
 import hashlib
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,37 +17,72 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from medground.records import Answer, Box, Example, Prompt
+from medground.records import Box, Coordinates, Example, Prompt
 
 IMAGE_TOKEN = "<|image_pad|>"
 
 _ASK = "Please provide the bounding box coordinate of the region this sentence describes: {phrase}. "
+_SIDES = "Left and right are the patient's: the patient's left is on the image's right. "
 _FORM = (
     "First output the thinking process in <think> </think> tags and then output the final answer in "
     "<answer> </answer> tags. Output the final answer in JSON format."
+)
+# JSON's braces are doubled: the whole is a format string
+_CHAIN = (
+    "First think step by step in <think> </think> tags. Whenever you name a region while thinking, put its box right "
+    'after it: {{"bbox_2d": [x1, y1, x2, y2], "label": "region"}}. Then output one final answer in <answer> </answer> '
+    "tags. Output the final answer in JSON format."
 )
 TEMPLATES = {
     # for models too small to read instructions
     "brief": "Find: {phrase}",
     # the wording of MedGround-R1
     "plain": _ASK + _FORM,
-    "patient-side": _ASK + "Left and right are the patient's: the patient's left is on the image's right. " + _FORM,
+    "patient-side": _ASK + _SIDES + _FORM,
+    # Chain-of-Box, the idea of MedGround-R1's paper; its wording is not known, this is ours
+    "chain-of-box": _ASK + _SIDES + _CHAIN,
 }
+
+FAMILIES: dict[str, Coordinates] = {
+    "qwen2_5_vl": "processed",
+    "qwen3_vl": "thousandths",
+    "qwen3_vl_moe": "thousandths",
+    "internvl": "thousandths",
+    "internvl_chat": "thousandths",
+}
+"""`model_type` of a model folder's config.json -> coordinates that the family was taught to name boxes by."""
+
+
+def spoken_coordinates(folder: Path) -> Coordinates:
+    """What the model in a folder speaks.
+
+    Raises:
+        ValueError: its family is not in FAMILIES, or the folder has no configuration.
+    """
+    file = folder / "config.json"
+    try:
+        kind = json.loads(file.read_text()).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        raise ValueError(f"{folder}: want a model folder with a config.json; got none that can be read") from None
+    if kind not in FAMILIES:
+        raise ValueError(f"{file}: want a model_type of {', '.join(FAMILIES)}; got {kind!r}")
+    return FAMILIES[kind]
 
 
 @dataclass(frozen=True)
 class Processor:
-    """A model folder's tokenizer and image processor."""
+    """A model folder's tokenizer and image processor, and what the model speaks."""
 
     tokenizer: PreTrainedTokenizerBase
     images: Qwen2VLImageProcessorPil
+    coordinates: Coordinates = "processed"
 
 
 def load_processor(folder: Path, min_pixels: int, max_pixels: int) -> Processor:
     """Read the tokenizer (with its chat template) and the image processor of a model folder.
 
     Raises:
-        ValueError: the folder lacks one of them.
+        ValueError: the folder lacks one of them, or is of a family that FAMILIES has not.
     """
     if not (folder / "preprocessor_config.json").is_file() and not (folder / "processor_config.json").is_file():
         raise ValueError(f"{folder}: want a model folder with a processor (preprocessor_config.json); it has none")
@@ -62,7 +97,9 @@ def load_processor(folder: Path, min_pixels: int, max_pixels: int) -> Processor:
     size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
     # the hub's files have min_pixels and max_pixels, which would go before size
     images = Qwen2VLImageProcessorPil.from_pretrained(folder, size=size, min_pixels=min_pixels, max_pixels=max_pixels)
-    return Processor(tokenizer, images)
+    # a processor by itself is what base_model starts from, which makes a Qwen2.5-VL; check_model wants the file
+    spoken = spoken_coordinates(folder) if (folder / "config.json").is_file() else "processed"
+    return Processor(tokenizer, images, spoken)
 
 
 def make_prompt(example: Example, image: Image.Image, processor: Processor, template: str) -> Prompt:
@@ -91,6 +128,7 @@ def make_prompt(example: Example, image: Image.Image, processor: Processor, temp
         image_keys=(hashlib.blake2b(pixels.numpy().tobytes(), digest_size=16).hexdigest(),),
         processed_width=int(grid[0, 2]) * processor.images.patch_size,
         processed_height=int(grid[0, 1]) * processor.images.patch_size,
+        coordinates=processor.coordinates,
     )
 
 
@@ -109,10 +147,15 @@ def prompt_tokens(example: Example, processor: Processor, template: str) -> tupl
     return len(text) - 1, patches // processor.images.merge_size**2
 
 
+def question_text(phrase: str, template: str) -> str:
+    """What the user says, after the image."""
+    return TEMPLATES[template].format(phrase=phrase)
+
+
 def _question(example: Example, processor: Processor, template: str) -> tuple[str, str]:
     """The chat that asks for the example's phrase, before and after the image's placeholder."""
     check_phrase(example, processor)
-    question = [{"type": "image"}, {"type": "text", "text": TEMPLATES[template].format(phrase=example.phrase)}]
+    question = [{"type": "image"}, {"type": "text", "text": question_text(example.phrase, template)}]
     text = processor.tokenizer.apply_chat_template(
         [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
     )
@@ -160,61 +203,28 @@ def mrope_positions(is_image: Tensor, grids: Tensor) -> Tensor:
 
 
 def to_original(box: Box, prompt: Prompt) -> Box:
-    """A box in processed pixels -> pixels of the image file, clipped to the image."""
-    sx = prompt.example.width / prompt.processed_width
-    sy = prompt.example.height / prompt.processed_height
-    x1, y1, x2, y2 = np.clip(np.array(box), -1e6, 1e6) * [sx, sy, sx, sy]
+    """A spoken box -> pixels of the image file, clipped to the image."""
     w, h = prompt.example.width, prompt.example.height
+    sx, sy = spoken_size(prompt)
+    x1, y1, x2, y2 = np.clip(np.array(box), -1e6, 1e6) * [w / sx, h / sy, w / sx, h / sy]
     return (min(max(x1, 0), w), min(max(y1, 0), h), min(max(x2, 0), w), min(max(y2, 0), h))
+
+
+def to_spoken(box: Box, prompt: Prompt) -> Box:
+    """A box in pixels of the image file -> what the model would call it, before rounding."""
+    return _rescaled(box, prompt, spoken_size(prompt))
 
 
 def to_processed(box: Box, prompt: Prompt) -> Box:
     """A box in pixels of the image file -> processed pixels."""
-    sx = prompt.processed_width / prompt.example.width
-    sy = prompt.processed_height / prompt.example.height
+    return _rescaled(box, prompt, (prompt.processed_width, prompt.processed_height))
+
+
+def spoken_size(prompt: Prompt) -> tuple[int, int]:
+    """The lower right corner of the whole image, as the model would call it."""
+    return (1000, 1000) if prompt.coordinates == "thousandths" else (prompt.processed_width, prompt.processed_height)
+
+
+def _rescaled(box: Box, prompt: Prompt, size: tuple[int, int]) -> Box:
+    sx, sy = size[0] / prompt.example.width, size[1] / prompt.example.height
     return (box[0] * sx, box[1] * sy, box[2] * sx, box[3] * sy)
-
-
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_WELL_FORMED = re.compile(r"<think>(?:(?!</?(?:think|answer)>).)*</think>\s*<answer>[^<]*</answer>\s*", re.DOTALL)
-_FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
-
-
-def parse_answer(text: str) -> Answer:
-    """Read the boxes of a completion: the only parser, for training and evaluation alike.
-
-    The answer is what stands between the one pair of <answer> tags: JSON, bare or fenced, of one
-    object {"bbox_2d": [x1, y1, x2, y2]} or a list of such (the empty list: nothing found); other keys
-    of an object are ignored. Several <answer> blocks are no answer.
-    """
-    blocks = _ANSWER.findall(text)
-    boxes = _read_boxes(blocks[0]) if len(blocks) == 1 else None
-    return Answer(boxes, boxes is not None and _WELL_FORMED.fullmatch(text.strip()) is not None)
-
-
-def _read_boxes(block: str) -> tuple[Box, ...] | None:
-    fenced = _FENCE.fullmatch(block.strip())
-    try:
-        value = json.loads(fenced.group(1) if fenced else block)
-    except (ValueError, RecursionError):
-        return None
-    found = [_read_box(item) for item in (value if isinstance(value, list) else [value])]
-    boxes = tuple(box for box in found if box is not None)
-    return boxes if len(boxes) == len(found) else None
-
-
-def _read_box(item: object) -> Box | None:
-    box = item.get("bbox_2d") if isinstance(item, dict) else None
-    if not isinstance(box, list) or len(box) != 4 or any(type(v) not in (int, float) for v in box):
-        return None
-    if not all(abs(v) < 1e6 for v in box):  # NaN and Infinity too
-        return None
-    x1, y1, x2, y2 = (float(v) for v in box)
-    return (x1, y1, x2, y2)
-
-
-def render_answer(boxes: tuple[Box, ...], thought: str) -> str:
-    """The completion that `parse_answer` reads back: boxes in processed pixels, rounded to integers."""
-    items = ", ".join('{"bbox_2d": [' + ", ".join(str(round(v)) for v in box) + "]}" for box in boxes)
-    answer = items if len(boxes) == 1 else f"[{items}]"
-    return f"<think>{thought}</think><answer>{answer}</answer>"

@@ -1,18 +1,30 @@
 """What the stages hand each other: Example -> Prompt -> Rollout -> Group.
 
 Boxes are xyxy. *Original* boxes are in pixels of the image file, *processed* boxes in pixels of
-the resized image that the model sees (Qwen2.5-VL speaks these).
+the resized image that the model sees, *spoken* boxes in what the model names them by (`Coordinates`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor  # a second to import, which `medground data` does not need
 
 Box = tuple[float, float, float, float]
+
+Coordinates = Literal["processed", "thousandths"]
+"""What numbers a model names boxes by: processed pixels, or thousandths of the image's width and height."""
+
+Problem = Literal[
+    "no answer", "several answers", "structure", "not JSON", "no box", "no thought box", "malformed thought box"
+]
+"""How a completion departs from its form: no or several <answer> blocks; more or other than a thought and an answer;
+an answer that is no JSON, or no box; a thought without a box, or with what looks like one and is none."""
+
+OF_THOUGHT: tuple[Problem, ...] = ("no thought box", "malformed thought box")
+"""Problems where boxes are wanted in the thought alone (template chain-of-box)."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +61,7 @@ class Prompt:
         image_keys: a name for each image; prompts with equal names share the image.
         processed_width: width of the image that boxes are in, as the model sees it, in pixels.
         processed_height: its height.
+        coordinates: that the model speaks.
     """
 
     example: Example
@@ -59,6 +72,7 @@ class Prompt:
     image_keys: tuple[str, ...]
     processed_width: int
     processed_height: int
+    coordinates: Coordinates = "processed"
 
 
 @dataclass(frozen=True)
@@ -92,8 +106,22 @@ class Answer:
 
     Attributes:
         boxes: of the answer; empty for "nothing found", None when no answer can be read.
-        well_formed: the completion has exactly the form that the prompt asks for.
+        labels: what each box is called; empty where it is called nothing.
+        thought_boxes: boxes named while thinking, in their order.
+        problems: how the completion departs from the form, each once.
     """
 
     boxes: tuple[Box, ...] | None
-    well_formed: bool
+    labels: tuple[str, ...] = ()
+    thought_boxes: tuple[Box, ...] = ()
+    problems: tuple[Problem, ...] = ()
+
+    @property
+    def well_formed(self) -> bool:
+        """Whether the completion has exactly the form that every template asks for: a thought, then an answer."""
+        return all(problem in OF_THOUGHT for problem in self.problems)
+
+    @property
+    def chained(self) -> bool:
+        """Whether it is well formed and has well-formed boxes in its thought, one or more, as chain-of-box asks."""
+        return not self.problems

@@ -51,7 +51,8 @@ def check_folder(config: Config, data_hash: str) -> None:
             raise ValueError(f"{config.out}: want the configuration it was started with; got {'; '.join(differing)}")
         started = out / "environment.json"  # missing where the run was stopped before it had written it
         if started.exists() and json.loads(started.read_text())["data_sha256"] != data_hash:
-            raise ValueError(f"{config.data.path}: want the records that {config.out} was started with; they changed")
+            folders = ", ".join(config.data.path)
+            raise ValueError(f"{folders}: want the records that {config.out} was started with; they changed")
     elif saved.exists():
         raise ValueError(f"{config.out}: want a folder without a run; it holds one (--resume continues it)")
     elif out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir())):

@@ -29,6 +29,14 @@ class Totals(NamedTuple):
     sequences: int
     means: dict[str, float]
 
+    def of(self, groups: Sequence[Group], kept: Tensor, ranks: Ranks) -> Totals:
+        """The same counts of the completions that are kept, [B, G] of this rank's; every rank must call it."""
+        lengths = torch.tensor([[len(rollout.tokens) for rollout in group.rollouts] for group in groups])
+        shares = ranks.gather((int((lengths * kept).sum()), int(kept.sum())))
+        tokens, sequences = (sum(column) for column in zip(*shares, strict=True))
+        # where nothing is kept every loss is 0, whatever it is divided by
+        return Totals(max(tokens, 1), max(sequences, 1), self.means)
+
 
 def step_totals(
     groups: Sequence[Group], rewards: Rewards, rollout: RolloutStats, operations: Mapping[str, float], ranks: Ranks
@@ -46,8 +54,7 @@ def step_totals(
     spread = rewards.total.amax(1) > rewards.total.amin(1)
     mine = {
         "reward": rewards.total.double().sum().item(),
-        "reward_format": rewards.format.double().sum().item(),
-        "reward_spatial": rewards.spatial.double().sum().item(),
+        **{f"reward_{name}": part.double().sum().item() for name, part in rewards.parts.items()},
         "iou": rewards.iou.double().sum().item(),
         "zero_spread_groups": (~spread).sum().item() * len(rollouts) / len(groups),
         "completion_length": float(sum(len(r.tokens) for r in rollouts)),
@@ -95,13 +102,13 @@ def update_statistics(
     local = torch.stack(stats).double().cpu()  # one wait for the device
     loss = float(torch.stack(losses).double().sum()) / epochs
     gap = torch.cat([gap.abs().double() for gap in gaps])
-    shares = ranks.gather((local, loss, (gap.sum().item(), gap.amax().item(), len(gap))))
+    shares = ranks.gather((local, loss, (gap.sum().item(), gap.amax().item() if len(gap) else 0.0, len(gap))))
     table = torch.cat([share[0] for share in shares])  # [micro-batches, statistics]
     tokens = table[:, STAT_NAMES.index("tokens")]
     out = {
         "loss": sum(share[1] for share in shares),
         "grad_norm": float(torch.stack(norms).mean()),
-        "logp_gap": sum(share[2][0] for share in shares) / sum(share[2][2] for share in shares),
+        "logp_gap": sum(share[2][0] for share in shares) / max(sum(share[2][2] for share in shares), 1),
         "logp_gap_max": max(share[2][1] for share in shares),
     }
     for name, column in zip(STAT_NAMES, table.T, strict=True):
@@ -110,7 +117,9 @@ def update_statistics(
         if name.endswith("_min"):
             out[name] = float(column.min())
         else:
-            out[name] = float(column.max() if name.endswith("_max") else (column * tokens).sum() / tokens.sum())
+            out[name] = float(
+                column.max() if name.endswith("_max") else (column * tokens).sum() / tokens.sum().clamp(min=1)
+            )
     return out
 
 
@@ -127,8 +136,7 @@ def sample_rows(
             "boxes": answers[b][g].boxes,
             "iou": rewards.iou[b, g].item(),
             "reward": rewards.total[b, g].item(),
-            "reward_format": rewards.format[b, g].item(),
-            "reward_spatial": rewards.spatial[b, g].item(),
+            **{f"reward_{name}": part[b, g].item() for name, part in rewards.parts.items()},
             "advantage": advantages[b, g].item(),
             "logp": rollout.logp.sum().item(),
         }

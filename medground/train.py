@@ -11,7 +11,6 @@ micro-batch.
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import Qwen2_5_VLConfig
 
 from medground.adamw import set_learning_rate
+from medground.augmentation import never_mirrored
 from medground.build import Score, build_optimizer, build_policy, build_reference
 from medground.checkpoint import Checkpoints
 from medground.config import Config
@@ -31,20 +32,21 @@ from medground.export import export_policy
 from medground.job.interruption import InterruptedRun, Interruption
 from medground.job.memory import memory_explained
 from medground.job.watch import watch
+from medground.loading import Loader, PromptMaker, prompts_of_steps
 from medground.micro_batches import Load, deal
 from medground.packing import Packed, pack
 from medground.policy import Policy
 from medground.preflight import check_job
-from medground.records import Example, Group, Prompt
+from medground.records import Group, Prompt
 from medground.report.page import write_report
-from medground.rewards.total import score_answers
+from medground.rewards.total import Scorer, group_means
 from medground.rollout.cache import Sampling
 from medground.rollout.engine import Engine
 from medground.run_folder import RunFolder, environment, restarted
 from medground.sharding import Ranks, WholeCopy, compute_dtype, join_ranks, reduce_gradients
 from medground.step_metrics import Clock, Totals, sample_rows, step_totals, update_statistics
 from medground.summary import Splits, evaluate_if_due, summarise
-from medground_kernels.group_advantage import group_advantage
+from medground.taking_part import advantages_of, taking_part
 from medground_kernels.varlen_attention import backend_name
 
 
@@ -64,12 +66,19 @@ def train(config: Config) -> None:
         Interruption() as interruption,
     ):
         config = replace(config, resume=config.resume or ranks.any(restarted(config)))
-        splits, data_hash, model_folder, processor, limits = check_job(config, ranks)
+        splits, order, data_hash, model_folder, processor, limits = check_job(config, ranks)
         asked, config = config, config.in_steps(len(splits.train))
         ranks = ranks.arranged(config.sharding.replicas)
         held = ranks.together(lambda: RunFolder(config) if ranks.is_first else None)
         checkpoints = Checkpoints(Path(config.out) / "checkpoints", ranks, config.checkpoint.keep)
-        with closing(held) if held else nullcontext() as run, closing(checkpoints):
+        make = PromptMaker(config.data.path, processor, config.prompt.template, config.data.augment, config.seed)
+        workers, mine = config.data.workers, config.rollout.prompts_per_step // ranks.size
+        with (
+            closing(held) if held else nullcontext() as run,
+            closing(checkpoints),
+            closing(Loader(make, workers=workers, ahead=mine)) as training,
+            closing(Loader(make, workers=workers, ahead=8)) as loader,
+        ):
             ranks.progress.now("load")
             policy = build_policy(model_folder, config, ranks)
             reference = build_reference(policy, model_folder, config, ranks)
@@ -78,27 +87,31 @@ def train(config: Config) -> None:
             if config.model.compile:
                 whole.policy.compile_layers()
             engine = Engine(whole.policy, processor.tokenizer, limits)
-            asker = Asker(policy, whole, engine, processor, config, ranks, interruption)
+            asker = Asker(policy, whole, engine, loader, config, ranks, interruption)
             if ranks.is_first:
                 half = whole.policy.vlm.dtype != torch.float32
                 print(f"attention: {backend_name(ranks.device if half else 'cpu')}")
 
             done, facts = checkpoints.load(policy, optimizer) if config.resume else (0, {})
             described = environment(ranks.size, config.seed, data_hash, config.model.path)
+            if config.data.augment.flip:
+                described["records_never_mirrored"] = never_mirrored(splits.train)
             if run:
                 run.start(asked, described, done)
-            if not _steps(asker, reference, optimizer, splits, run, checkpoints, done, facts):
+            batches = prompts_of_steps(training, order, config, ranks, done)
+            if not _steps(asker, batches, reference, optimizer, splits, run, checkpoints, done, facts):
                 return
             ranks.progress.now("export")
             export_policy(Path(config.out) / "export", policy, model_folder, ranks, config.model.path)
             if run:
                 seconds = time.perf_counter() - started
                 run.write_json("summary.json", summarise(config, splits, run, described, seconds))
-                write_report(run.path, Path(config.data.path), run.path / "report.html")
+                write_report(run.path, config.data.path, run.path / "report.html")
 
 
 def _steps(
     asker: Asker,
+    batches: Iterator[list[Prompt]],
     reference: Score | None,
     optimizer: torch.optim.Optimizer,
     splits: Splits,
@@ -109,10 +122,12 @@ def _steps(
 ) -> bool:
     """Every step from `done` on, and the evaluations between them; False where a signal ended it."""
     config, ranks, policy = asker.config, asker.ranks, asker.policy
-    batches = _batches(asker, splits.train, done)
     bar = tqdm(range(done, config.steps + 1), initial=done, total=config.steps, desc="GRPO", disable=not ranks.is_first)
     network, peak = network_of(policy), peak_of(ranks, compute_dtype(ranks, config.model.precision))
     saving, saved, skipped = 0.0, done, facts.get("skipped", 0)
+    limit = config.rollout.max_new_tokens
+    scorer = Scorer(config.reward, config.prompt.template, limit, ranks.device, splits.train)
+    scorer.load(facts)
     try:
         for step in bar:  # the weights are those after `step` steps
             asker.interruption.agree(ranks)
@@ -131,35 +146,40 @@ def _steps(
             clock.lap("decode")
 
             answers = [[read_answer(r.text, g.prompt) for r in g.rollouts] for g in groups]
-            rewards = score_answers(answers, [g.prompt.example.boxes for g in groups], config.reward)
-            advantages = group_advantage(rewards.total, normalize=config.loss.advantage)  # [B, G]
+            rewards = scorer(groups, answers)
+            advantages = advantages_of(rewards, config.loss)  # [B, G]
+            in_update = taking_part(groups, rewards, config.loss)  # [B, G]
             clock.lap("reward")
 
             work = step_operations(
                 network, sizes_of(groups), scorings=_scorings(config), epochs=config.loss.inner_epochs
             )
             totals = step_totals(groups, rewards, asker.engine.stats, work, ranks)
-            micro = _micro_batches(policy, groups, advantages, config, ranks)
+            trained = totals.of(groups, in_update, ranks)
+            micro = _micro_batches(policy, groups, advantages, config, ranks, in_update)
             largest = max(micro, key=lambda batch: len(batch.packed.input_ids))
             ranks.progress.now("score", f"step {step + 1}: {largest.shapes}")
             _score(policy, reference, micro, config)
             clock.lap("score")
 
-            updated = _update(policy, optimizer, micro, totals, config, ranks, step, clock)
+            updated = _update(policy, optimizer, micro, trained, config, ranks, step, clock)
             clock.lap("update")
 
             metrics = {"step": step + 1} | totals.means | updated | clock.seconds(totals)
+            if scorer.threshold is not None:  # that this step was scored by
+                metrics["threshold"] = scorer.threshold
+                scorer.observe([pair for share in ranks.gather(group_means(rewards)) for pair in share])
             if run:
                 run.log(metrics)
                 bar.set_postfix_str(f"reward {metrics['reward']:.3f}, IoU {metrics['iou']:.3f}")
             skipped = skipped + 1 if updated["skipped_updates"] else 0
-            kept = ["skipped"] if skipped else []
+            parts = ["skipped"] if skipped else []
             if (step + 1) % config.samples_every == 0 or step in (0, config.steps - 1):
-                kept.append("samples")
-            if kept:
+                parts.append("samples")
+            if parts:
                 shares = ranks.gather(sample_rows(groups, answers, rewards, advantages))
                 rows = [row for share in shares for row in share]
-                for part in kept:
+                for part in parts:
                     if run:
                         run.write_rows(f"{part}/step-{step + 1:06d}.jsonl", rows)
             if skipped > config.optimizer.max_skipped:
@@ -169,14 +189,14 @@ def _steps(
                 )
             start = time.perf_counter()
             if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.steps:
-                checkpoints.save(step + 1, policy, optimizer, {"skipped": skipped})
+                checkpoints.save(step + 1, policy, optimizer, {"skipped": skipped} | scorer.state())
                 saved = step + 1
             saving = time.perf_counter() - start
         checkpoints.wait()
     except InterruptedRun as signal:
         ranks.progress.now("checkpoint", f"step {step}")
         if step > saved:
-            checkpoints.save(step, policy, optimizer, {"skipped": skipped})
+            checkpoints.save(step, policy, optimizer, {"skipped": skipped} | scorer.state())
         checkpoints.wait()
         if ranks.is_first:
             print(f"medground: {signal}: ended after {step} of {config.steps} steps; --resume goes on", file=sys.stderr)
@@ -213,21 +233,6 @@ def _roll_out(asker: Asker, prompts: Sequence[Prompt], step: int) -> list[Group]
     return groups
 
 
-def _batches(asker: Asker, examples: Sequence[Example], first: int) -> Iterator[list[Prompt]]:
-    """This rank's prompts of each step from `first` on; the next step's are made while one runs."""
-
-    def prompts_of(step: int) -> list[Prompt]:
-        return [asker.prompt(example) for example in _share(examples, asker.config, asker.ranks, step)]
-
-    with ThreadPoolExecutor(1) as maker:
-        waiting = maker.submit(prompts_of, first)
-        for step in range(first, asker.config.steps):
-            prompts = waiting.result()
-            if step + 1 < asker.config.steps:
-                waiting = maker.submit(prompts_of, step + 1)
-            yield prompts
-
-
 @dataclass
 class MicroBatch:
     """Groups that go through the network together, with what the loss needs of each sequence and token.
@@ -237,6 +242,7 @@ class MicroBatch:
         advantages: float32 [S].
         sampled_logp: float32 [N], as they came with the tokens.
         counts: False where this rank has no groups left while others have; it runs along and trains on nothing.
+        tokens: of the N, those that are trained on.
         old_logp: float32 [N], of the old policy; None for the policy as it is.
         ref_logp: float32 [N], of the reference policy, if there is one.
     """
@@ -245,6 +251,7 @@ class MicroBatch:
     advantages: Tensor
     sampled_logp: Tensor
     counts: bool
+    tokens: int
     old_logp: Tensor | None = None
     ref_logp: Tensor | None = None
 
@@ -257,39 +264,65 @@ class MicroBatch:
 
 
 def _micro_batches(
-    policy: Policy, groups: Sequence[Group], advantages: Tensor, config: Config, ranks: Ranks
+    policy: Policy,
+    groups: Sequence[Group],
+    advantages: Tensor,
+    config: Config,
+    ranks: Ranks,
+    kept: Tensor | None = None,
 ) -> list[MicroBatch]:
-    """Deal all ranks' groups out, evenly by work: how they are cut and dealt changes nothing."""
+    """Deal all ranks' groups out, evenly by work: how they are cut and dealt changes nothing.
+
+    Of groups, advantages and `kept` [B, G] (None for all) those of which nothing is kept go no further.
+    """
+    kept = torch.ones_like(advantages, dtype=torch.bool) if kept is None else kept
+    everything = list(zip(groups, advantages, kept, strict=True))
+    own = [item for item in everything if item[2].any()]
+    if not ranks.any(bool(own)):  # nothing to learn from: all run along, since ranks must stay in step
+        own = everything
     budget, patch_cost, vlm = config.loss.micro_batch_tokens, policy.patch_cost, policy.vlm.config
     loads = []
-    for group in groups:
+    for group, _, _ in own:
         tokens = len(group.prompt.input_ids) + sum(len(r.tokens) for r in group.rollouts)
         loads.append(Load(tokens, tokens + patch_cost * len(group.prompt.pixel_values)))
     dealt = deal(ranks.gather(loads), budget)
     mine = [place for places in dealt[ranks.rank] for place in places]
     outgoing = [
-        (rank, (groups[place.number], advantages[place.number]))
+        (rank, own[place.number])
         for rank, cuts in enumerate(dealt)
         for place in (place for places in cuts for place in places)
         if place.home == ranks.rank != rank
     ]
     coming = [place for place in mine if place.home != ranks.rank]
     moved = dict(zip(coming, ranks.exchange(outgoing, [place.home for place in coming]), strict=True))
-    held = {p: moved[p] if p in moved else (groups[p.number], advantages[p.number]) for p in mine}
-    smallest = min(held.values(), key=lambda item: sum(len(r.tokens) for r in item[0].rollouts))
-    micro = []
-    for places in dealt[ranks.rank]:
-        items = [held[place] for place in places] or [smallest]
-        chunk = [group for group, _ in items]
-        micro.append(
-            MicroBatch(
-                packed=pack(chunk, vlm, ranks.device),
-                advantages=torch.cat([advantage for _, advantage in items]).to(ranks.device),
-                sampled_logp=torch.cat([r.logp for g in chunk for r in g.rollouts]).to(ranks.device),
-                counts=bool(places),
-            )
-        )
-    return micro
+    held = {p: moved[p] if p in moved else own[p.number] for p in mine}
+    smallest = min(held.values() or everything, key=lambda item: sum(len(r.tokens) for r in item[0].rollouts))
+    return [
+        _micro_batch([held[place] for place in places], smallest, vlm, ranks.device) for places in dealt[ranks.rank]
+    ]
+
+
+def _micro_batch(
+    items: Sequence[tuple[Group, Tensor, Tensor]],
+    spare: tuple[Group, Tensor, Tensor],
+    vlm: Qwen2_5_VLConfig,
+    device: torch.device,
+) -> MicroBatch:
+    """Groups with their advantages [G] and which completions take part [G]; `spare` where there are none."""
+    chunk, advantages, kept = zip(*(items or [spare]), strict=True)
+    packed = pack(chunk, vlm, device)
+    lengths = torch.tensor([len(r.tokens) for group in chunk for r in group.rollouts])
+    here = torch.cat(kept).repeat_interleave(lengths)  # [N]
+    if not here.all():
+        # a negative target takes no part in the loss
+        packed = packed._replace(targets=packed.targets.masked_fill(~here.to(device), -1))
+    return MicroBatch(
+        packed=packed,
+        advantages=torch.cat(advantages).to(device),
+        sampled_logp=torch.cat([r.logp for g in chunk for r in g.rollouts]).to(device),
+        counts=bool(items),
+        tokens=int(here.sum()),
+    )
 
 
 def _scorings(config: Config) -> int:
@@ -335,7 +368,7 @@ def _update(
             reduce_gradients(policy, last=i + 1 == len(micro), each=config.sharding.reduce == "each")
             # dapo and cispo are normalised by all tokens already, the others by the sequences of this micro-batch
             share = 1.0 if options.loss_type in ("dapo", "cispo") else len(batch.advantages) / totals.sequences
-            bonus = options.entropy_coef * len(batch.packed.targets) / totals.tokens / share  # a mean over this batch
+            bonus = options.entropy_coef * batch.tokens / totals.tokens / share  # a mean over this batch
             loss, stat, logp = policy.loss(
                 batch.packed,
                 batch.advantages,
@@ -350,7 +383,8 @@ def _update(
                 losses.append(loss.detach() * share)
                 stats.append(stat)
                 if not epoch:
-                    gaps.append(logp - batch.sampled_logp)
+                    gap = logp - batch.sampled_logp
+                    gaps.append(gap if batch.tokens == len(gap) else gap[batch.packed.targets >= 0])
         clock.lap("update")
         ranks.progress.now("optimizer", f"step {step + 1}")
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.optimizer.max_grad_norm)
@@ -371,23 +405,6 @@ def _learning_rate(config: Config, step: int) -> float:
         return o.lr * (step + 1) / o.warmup_steps
     left = (config.steps - 1 - step) / max(config.steps - 1 - o.warmup_steps, 1)
     return o.lr * (o.final_lr_fraction + (1 - o.final_lr_fraction) * left)
-
-
-def _share(examples: Sequence[Example], config: Config, ranks: Ranks, step: int) -> list[Example]:
-    """This rank's prompts of a step: a slice of an endless stream of shuffled epochs, no record left out.
-
-    Where an epoch ends within a step, a record may stand twice in it, and draws the same completions twice.
-    """
-    B, n = config.rollout.prompts_per_step, len(examples)
-    mine = B // ranks.size
-    first = step * B + ranks.rank * mine
-    positions = range(first, first + mine)
-    orders = {epoch: _order(n, config.seed, epoch) for epoch in {p // n for p in positions}}
-    return [examples[orders[p // n][p % n]] for p in positions]
-
-
-def _order(n: int, seed: int, epoch: int) -> list[int]:
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed + (epoch << 31))).tolist()
 
 
 if __name__ == "__main__":

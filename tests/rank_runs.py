@@ -88,7 +88,7 @@ def config_of(run: Run, folder: Path) -> Config:
             activation_checkpointing=run.activations,  # type: ignore[arg-type]
             lora=LoraConfig(rank=3 * run.lora, alpha=6),
         ),
-        data=DataConfig(path="unused"),
+        data=DataConfig(path=("unused",)),
         sharding=ShardingConfig(replicas=run.replicas, reduce=run.reduce, cpu_offload=run.cpu_offload),  # type: ignore[arg-type]
         rollout=RolloutConfig(group_size=4, max_new_tokens=40, old_logp="rescored"),
         loss=LossConfig(loss_type="dapo", beta=0.0 if run.tied else 0.1, micro_batch_tokens=LARGEST),

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from medground.answers import parse_answer
 from medground.base_config import BaseConfig
 from medground.base_model import _answered, _draw, _Lesson, _worsen, build_base
-from medground.prompts import load_processor, parse_answer
+from medground.prompts import load_processor
 from medground.records import Example, Prompt
 from medground.set_iou import set_iou
 

@@ -13,12 +13,13 @@ from made_up_originals import edges, paint, rows_of
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from medground.answers import parse_answer, render_answer
 from medground.datasets.films import scaled, shown_size
 from medground.datasets.images import read_image
 from medground.datasets.manifest import load_records
 from medground.datasets.own_csv import OwnCsvConfig, prepare_csv
-from medground.prompts import parse_answer, render_answer, to_original, to_processed
-from medground.records import Prompt
+from medground.prompts import load_processor, make_prompt, to_original, to_processed
+from medground.records import Example, Prompt
 
 SIZES = [
     (40, 60), (60, 40), (56, 56), (57, 83), (112, 112), (131, 97), (200, 240), (255, 512), (320, 320), (399, 640),
@@ -53,8 +54,12 @@ def prepared(request, tmp_path_factory):
 
 
 def seen(image):
-    """What the model sees, put together again from its patches: [height, width], and the prompt's size."""
-    patches = PROCESSOR(images=[image], return_tensors="np")
+    """What the model sees, put together again from its patches: [height, width]."""
+    return together(PROCESSOR(images=[image], return_tensors="np"))
+
+
+def together(patches):
+    """Patches as a picture, [height, width], of one channel."""
     (_, rows, columns), m, p = patches["image_grid_thw"][0].tolist(), PROCESSOR.merge_size, PROCESSOR.patch_size
     pixels = patches["pixel_values"].reshape(rows // m, columns // m, m, m, 3, -1, p, p)[:, :, :, :, 0, 0]
     return pixels.transpose(0, 2, 4, 1, 3, 5).reshape(rows * p, columns * p)
@@ -97,6 +102,27 @@ def test_a_box_ends_where_it_began(prepared, size):
     assert distance(back, original, (max(1, pixel[0]), max(1, pixel[1]))) < 0.5, (factor, back, original)
 
 
+BUDGETS = {"reduced": (56 * 56, 140 * 140), "enlarged": (700 * 700, 1280 * 28 * 28), "one size": (448 * 448, 448 * 448)}
+
+
+@pytest.mark.parametrize("least, most", BUDGETS.values(), ids=BUDGETS)
+@pytest.mark.parametrize("size", [(56, 56), (83, 210), (640, 400), (1000, 1333)], ids=str)
+def test_boxes_go_through_every_pixel_budget_and_back(size, least, most, tmp_path, base_folder):
+    box = box_in(size)
+    picture = read_image(paint(tmp_path / "a.png", size, box))
+    example = Example("a", "a.png", *size, "object", (box,), "a", "a", "a", "a", "test")
+    prompt = make_prompt(example, picture, load_processor(base_folder, least, most), "brief")
+    shown = together({"image_grid_thw": prompt.image_grid_thw, "pixel_values": prompt.pixel_values.numpy()})
+    assert shown.shape == (prompt.processed_height, prompt.processed_width)
+    slack = 1.2 if least == most else 1.0  # sides are multiples of 28: one number is met roughly
+    assert least / slack <= shown.size <= most * slack
+    found = edges(shown)
+    assert distance(found, to_processed(box, prompt)) < 0.5
+    pixel = size[0] / prompt.processed_width, size[1] / prompt.processed_height
+    assert distance(to_original(found, prompt), box, pixel) < 0.5
+    assert distance(to_original(to_processed(box, prompt), prompt), box) < 1e-9 * max(size)
+
+
 SIDE = st.integers(1, 4000)
 FRACTION = st.floats(0, 1)
 
@@ -120,8 +146,6 @@ def test_scaled_boxes(width, height, longest, fractions):
 @settings(max_examples=60, deadline=None)
 @given(st.integers(28, 900), st.integers(28, 900), st.tuples(FRACTION, FRACTION, FRACTION, FRACTION))
 def test_processed_boxes_come_back(width, height, fractions):
-    from medground.records import Example
-
     (x1, x2), (y1, y2) = sorted(fractions[:2]), sorted(fractions[2:])
     box = (x1 * width, y1 * height, x2 * width, y2 * height)
     example = Example("a", "a.png", width, height, "a", (box,), "a", "a", "a", "a", "test")

@@ -16,7 +16,7 @@ import medground.config
 from medground.config import Config, DataConfig, ModelConfig, RolloutConfig, differing_fields, load_config, save_config
 from medground.presets import PRESETS
 
-SMALL = Config(out="runs/x", steps=2, model=ModelConfig(path="m"), data=DataConfig(path="d"))
+SMALL = Config(out="runs/x", steps=2, model=ModelConfig(path="m"), data=DataConfig(path=("d",)))
 
 NAN = math.nan
 IMPOSSIBLE = {
@@ -31,6 +31,13 @@ IMPOSSIBLE = {
     "sharding.replicas": [-1],
     "data.min_pixels": [0, -1, 10**9],  # the last: above max_pixels
     "data.max_pixels": [0, 56 * 56 - 1],
+    "data.workers": [-1, 65],
+    "data.augment.flip": [-0.1, 1.1, NAN],
+    "data.augment.shift": [-0.1, 0.31, NAN],
+    "data.augment.scale": [-0.1, 0.31, NAN],
+    "data.augment.intensity": [-0.1, 0.31, NAN],
+    "data.path": [(), ("",), ("d", ""), "d"],
+    "data.weights": [(1.0, 1.0), (0.0,), (-1.0,), (NAN,), (math.inf,)],
     "rollout.prompts_per_step": [0],
     "rollout.group_size": [1, 0, -8],
     "rollout.max_new_tokens": [0],
@@ -38,6 +45,18 @@ IMPOSSIBLE = {
     "reward.format_weight": [-0.1, NAN],
     "reward.spatial_weight": [-0.1, NAN],
     "reward.threshold": [-0.1, 1.0, NAN],
+    "reward.thresholds": [(), (0.5, 1.0), (NAN,)],
+    "reward.curriculum_start": [-0.1, 1.0, NAN],
+    "reward.curriculum_end": [0.2, 1.0, NAN],
+    "reward.curriculum_window": [1],
+    "reward.curriculum_reward": [-0.1, 1.1, NAN],
+    "reward.curriculum_spread": [-0.1, NAN],
+    "reward.length_weight": [-0.1, NAN],
+    "reward.length_buffer": [0],
+    "reward.semantic_weight": [-0.1, NAN],
+    "reward.crop_context": [0.9, NAN],
+    "reward.custom": ["module", ":f", "m:"],
+    "reward.custom_weight": [-0.1, NAN],
     "loss.epsilon_low": [-0.1, 1.0, NAN],
     "rollout.top_k": [-1],
     "rollout.top_p": [0.0, 1.1, NAN],
@@ -159,6 +178,20 @@ def test_a_whole_number_will_do_for_a_float(tmp_path):
     assert temperature == 2.0 and type(temperature) is float
 
 
+def test_one_folder_may_stand_alone_and_weights_may_be_whole(tmp_path):
+    path = tmp_path / "config.json"
+    values = as_json(SMALL, path)
+    assert values["data"]["path"] == ["d"]
+    values["data"]["path"] = "d"  # as earlier versions wrote it
+    path.write_text(json.dumps(values))
+    assert load_config(path) == SMALL
+    values["data"] |= {"path": ["d", "e"], "weights": [3, 0.5]}
+    path.write_text(json.dumps(values))
+    data = load_config(path).data
+    assert data.path == ("d", "e") and data.weights == (3.0, 0.5) and type(data.weights[0]) is float
+    assert differing_fields(SMALL, load_config(path))[0] == "data.path: ('d',) against ('d', 'e')"
+
+
 FAULTS = {
     "unknown key": (lambda v: v.update(stepz=3), "stepz: unknown key; known are out, "),
     "unknown key of a section": (lambda v: v["loss"].update(gamma=1), "loss.gamma: unknown key; known are advantage"),
@@ -175,6 +208,7 @@ FAULTS = {
     "number for a truth": (lambda v: v["model"].update(freeze_vision=1), "model.freeze_vision: want bool; got 1"),
     "null for a number": (lambda v: v["optimizer"].update(lr=None), "optimizer.lr: want float; got None"),
     "unknown key of an inner section": (lambda v: v["model"]["lora"].update(r=1), "model.lora.r: unknown key; known"),
+    "number among folders": (lambda v: v["data"].update(path=["d", 1]), "data.path: want str; got 1"),
     "value for a section": (lambda v: v.update(loss=3), "loss"),
     "unknown choice": (lambda v: v["loss"].update(kl="k4"), "loss.kl: want one of k1, k2, k3; got 'k4'"),
     "impossible value": (lambda v: v["rollout"].update(group_size=1), "rollout.group_size: want >= 2"),

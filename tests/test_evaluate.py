@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from medground.evaluate import _ahead, _other_images, read_answer
+from medground.evaluate import _other_images, read_answer
 from medground.records import Example, Prompt
 
 
@@ -48,17 +48,3 @@ def test_a_second_image_size_changes_the_answer_alone(phantoms: Path, base_folde
     prompt = make_prompt(replace(record, width=1000, height=300), image, processor, "brief")
     answer = read_answer('<answer>{"bbox_2d": [0, 0, 56, 28]}</answer>', prompt)
     assert answer.boxes == ((0.0, 0.0, 500.0, 150.0),)
-
-
-def test_prompts_are_made_a_few_ahead():
-    made = []
-
-    def make(i: int) -> int:
-        made.append(i)
-        return i
-
-    coming = _ahead(make, range(20), most=3)
-    assert next(coming) == 0
-    assert next(coming) == 1 and len(made) <= 5
-    assert list(coming) == [*range(2, 20)] and made == [*range(20)]
-    assert list(_ahead(make, [], most=3)) == []

@@ -13,10 +13,13 @@ REPOSITORY = Path(__file__).parents[1]
 TREES = {"medground": "medground", "kernels": "medground_kernels", "bench": "bench", "profiles": "profiles"}
 """Folder -> the name its files are imported by."""
 
-PROGRAMS = ("cli", "train", "demo", "__main__")
+PROGRAMS = ("cli", "train", "demo", "plan", "__main__")
 """Rooms of medground/ that may import everything, and that nothing but a program may import."""
 
-WIRED = ("build", "evaluate", "preflight", "summary", "predict", "base_model", "audit")
+WIRED = (
+    "build", "evaluate", "preflight", "loading", "summary", "predict", "base_model", "audit", "show_prompt",
+    "encoder_tools",
+)  # fmt: skip
 """Rooms that put stages together: they may import every stage and each other; a stage may not import them."""
 
 SHARED = ("medground.config", "medground.records", "medground.packing", "medground_kernels")
@@ -26,6 +29,7 @@ KERNELS_MAY_IMPORT = {"torch", "triton", "medground_kernels", *sys.stdlib_module
 
 EXCEPTIONS = {
     ("report", "medground.datasets.images"): "the page shows films as the model's loader reads them",
+    ("report", "medground.datasets.folders"): "and finds them where it does",
     ("policy", "medground.lora"): "a policy may have adapters; lora is a leaf: torch, peft and names of weights",
     ("sharding", "medground.lora"): "what decodes has adapters merged",
     ("sharding", "medground.job.store"): "where ranks meet; a leaf",

@@ -17,11 +17,11 @@ def test_the_picture_is_small_and_shows_the_films(tmp_path):
         noise = rng.integers(0, 256, (300, 300), dtype=np.uint8)
         Image.fromarray(noise).save(data / f"images/{i}.png", compress_level=1)
     out = run / "picture.png"
-    before_after_picture(run, data, out, count=6)
+    before_after_picture(run, [data], out, count=6)
     assert out.stat().st_size < 300_000
     with Image.open(out) as picture:
         assert picture.width > picture.height > 200  # five images, so five films: two rows of three
-    before_after_picture(run, data, out, count=1)
+    before_after_picture(run, [data], out, count=1)
     with Image.open(out) as picture:
         assert picture.height > picture.width
 
@@ -29,9 +29,9 @@ def test_the_picture_is_small_and_shows_the_films(tmp_path):
 def test_the_picture_needs_both_evaluations(tmp_path):
     run, data = start_run(tmp_path)
     with pytest.raises(ValueError, match="evaluations before and after"):
-        before_after_picture(run, data, tmp_path / "x.png")
+        before_after_picture(run, [data], tmp_path / "x.png")
     with pytest.raises(ValueError, match="count >= 1; got 0"):
-        before_after_picture(run, data, tmp_path / "x.png", count=0)
+        before_after_picture(run, [data], tmp_path / "x.png", count=0)
 
 
 def test_the_films_stand_evenly_from_best_to_worst(tmp_path):
@@ -50,7 +50,7 @@ def test_boxes_before_and_after_are_drawn(tmp_path):
     run, data = start_run(tmp_path)
     finish_run(run)
     out = tmp_path / "x.png"
-    before_after_picture(run, data, out)
+    before_after_picture(run, [data], out)
     with Image.open(out) as picture:
         colors = {color for _, color in picture.convert("RGB").getcolors(1 << 20)}
     for wanted in ((61, 220, 151), (255, 159, 67), (76, 194, 255)):

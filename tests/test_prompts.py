@@ -1,4 +1,4 @@
-"""Prompts against transformers' own processing, answers in many dresses, and coordinates there and back."""
+"""Prompts against transformers' own processing, and coordinates there and back."""
 
 import json
 from pathlib import Path
@@ -12,16 +12,18 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from medground.policy import load_policy
 from medground.prompts import (
+    FAMILIES,
     IMAGE_TOKEN,
     TEMPLATES,
     load_processor,
     make_prompt,
     mrope_positions,
-    parse_answer,
     prompt_tokens,
-    render_answer,
+    question_text,
+    spoken_coordinates,
     to_original,
     to_processed,
+    to_spoken,
 )
 from medground.records import Example
 
@@ -132,11 +134,18 @@ def test_boxes_come_back_from_the_processed_image(width, height, columns, rows, 
     from medground.records import Prompt
 
     none = torch.empty(0)
-    prompt = Prompt(example(width, height), none, none, none, none, (), columns * 28, rows * 28)
     x1, x2 = sorted(c * width for c in corners[:2])
     y1, y2 = sorted(c * height for c in corners[2:])
-    back = to_original(to_processed((x1, y1, x2, y2), prompt), prompt)
-    assert back == pytest.approx((x1, y1, x2, y2), abs=1e-6 * max(width, height))
+    for spoken in ("processed", "thousandths"):
+        prompt = Prompt(example(width, height), none, none, none, none, (), columns * 28, rows * 28, spoken)
+        said = to_spoken((x1, y1, x2, y2), prompt)
+        assert to_original(said, prompt) == pytest.approx((x1, y1, x2, y2), abs=1e-6 * max(width, height))
+        if spoken == "processed":
+            assert said == to_processed((x1, y1, x2, y2), prompt)
+        rounded = to_original(tuple(map(round, said)), prompt)  # an answer's whole numbers: half a unit at most
+        units = (1000, 1000) if spoken == "thousandths" else (columns * 28, rows * 28)
+        for got, want, size, unit in zip(rounded, (x1, y1, x2, y2), (width, height) * 2, units * 2, strict=True):
+            assert abs(got - want) <= 0.5 * size / unit + 1e-6 * size
 
 
 def test_boxes_outside_the_image_are_clipped_to_it():
@@ -147,77 +156,59 @@ def test_boxes_outside_the_image_are_clipped_to_it():
     assert to_original((-5, -1e9, 200, 1e30), prompt) == (0, 0, 100, 80)
 
 
-GOOD = [
-    ('{"bbox_2d": [1, 2, 3, 4]}', ((1, 2, 3, 4),)),
-    ('{"bbox_2d": [1.5, -2, 3e1, 4.25], "label": "nodule"}', ((1.5, -2, 30, 4.25),)),
-    ('[{"bbox_2d": [1, 2, 3, 4]}]', ((1, 2, 3, 4),)),
-    ('[{"bbox_2d": [1, 2, 3, 4]}, {"label": "x", "bbox_2d": [5, 6, 7, 8]}]', ((1, 2, 3, 4), (5, 6, 7, 8))),
-    ('\n```json\n{"bbox_2d": [1, 2, 3, 4]}\n```\n', ((1, 2, 3, 4),)),
-    ("[]", ()),
-]
-BAD = [
-    "",
-    "nothing",
-    '{"bbox_2d": [1, 2, 3]}',
-    '{"bbox_2d": [1, 2, 3, 4, 5]}',
-    '{"bbox_2d": [1, 2, 3, "4"]}',
-    '{"bbox_2d": [1, 2, 3, true]}',
-    '{"bbox_2d": [1, 2, 3, NaN]}',
-    '{"bbox_2d": [1, 2, 3, Infinity]}',
-    '{"bbox_2d": [1, 2, 3, 1e400]}',
-    '{"bbox_2d": [1, 2, 3, ' + "9" * 400 + "]}",
-    '{"box": [1, 2, 3, 4]}',
-    "[1, 2, 3, 4]",
-    '[{"bbox_2d": [1, 2, 3, 4]}, 7]',
-    "[" * 100_000,
-    "9" * 100_000,
-]
+def test_thousandths_are_of_each_side():
+    from medground.records import Prompt
+
+    none = torch.empty(0)
+    prompt = Prompt(example(200, 80), none, none, none, none, (), 112, 84, "thousandths")
+    assert to_spoken((20, 20, 200, 80), prompt) == (100, 250, 1000, 1000)
+    assert to_original((100, 250, 1000, 1000), prompt) == (20, 20, 200, 80)
+    assert to_processed((20, 20, 200, 80), prompt) == pytest.approx((11.2, 21, 112, 84))
 
 
-@pytest.mark.parametrize(("answer", "boxes"), GOOD)
-def test_good_answers(answer, boxes):
-    got = parse_answer(f"<think>by the hilum</think>\n<answer>{answer}</answer>")
-    assert got.boxes == boxes and got.well_formed
+def test_families_speak_what_the_table_says(base_folder: Path, tmp_path: Path):
+    assert load_processor(base_folder, 56 * 56, 112 * 112).coordinates == FAMILIES["qwen2_5_vl"] == "processed"
+    for file in base_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_vl"}')
+    processor = load_processor(tmp_path, 56 * 56, 112 * 112)
+    prompt = make_prompt(example(), Image.new("RGB", (100, 80)), processor, "plain")
+    assert prompt.coordinates == "thousandths" and to_spoken((0, 0, 50, 80), prompt) == (0, 0, 500, 1000)
+    for text, wanted in [
+        ('{"model_type": "llava"}', "got 'llava'"),
+        ("[]", "config.json; got none"),
+        ("{", "none that"),
+    ]:
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=wanted):
+            spoken_coordinates(tmp_path)
 
 
-@pytest.mark.parametrize("answer", BAD)
-def test_bad_answers(answer):
-    got = parse_answer(f"<think></think><answer>{answer}</answer>")
-    assert got.boxes is None and not got.well_formed
+def test_templates_say_what_they_are_for():
+    plain, sides, chain = (question_text("left {nodule}", name) for name in ("plain", "patient-side", "chain-of-box"))
+    assert plain == (
+        "Please provide the bounding box coordinate of the region this sentence describes: left {nodule}. First output "
+        "the thinking process in <think> </think> tags and then output the final answer in <answer> </answer> tags. "
+        "Output the final answer in JSON format."
+    )
+    assert "the patient's left is on the image's right" in sides and "the patient's left" in chain
+    assert '{"bbox_2d": [x1, y1, x2, y2], "label": "region"}' in chain
 
 
-@pytest.mark.parametrize(
-    ("text", "readable"),
-    [
-        ("<answer>[]</answer>", True),
-        ("<think>a<think>b</think></think><answer>[]</answer>", True),
-        ("<think>a</think><answer>[]</answer> and more", True),
-        ("well: <think>a</think><answer>[]</answer>", True),
-        ("<think>a<answer>[]</answer></think>", True),
-        ("<think>a</think><answer>[]</answer><answer>[]</answer>", False),
-        ("<think>a</think><answer>[]", False),
-        ("[]", False),
-        ("", False),
-    ],
-)
-def test_other_structures_are_not_well_formed(text, readable):
-    got = parse_answer(text)
-    assert not got.well_formed
-    assert (got.boxes == ()) == readable
+def test_the_command_shows_the_whole_chat(base_folder: Path, tmp_path: Path, capsys):
+    from medground.cli import main
 
-
-@given(st.text(alphabet="<>/thinkaswer[]{}\"'bo_2d:,0123456789.-e \n\\", max_size=200))
-@settings(max_examples=300, deadline=None)
-def test_no_text_breaks_the_parser(text):
-    for wrapped in (text, f"<answer>{text}</answer>", f"<think>{text}</think><answer>{text}</answer>"):
-        got = parse_answer(wrapped)
-        assert got.boxes is None or all(len(box) == 4 for box in got.boxes)
-
-
-@given(st.lists(st.tuples(*[st.integers(0, 2000)] * 4), max_size=4))
-@settings(max_examples=100, deadline=None)
-def test_rendered_answers_are_read_back(boxes):
-    text = render_answer(tuple(tuple(map(float, box)) for box in boxes), "upper left")
-    got = parse_answer(text)
-    assert got.well_formed and got.boxes == tuple(boxes)
-    json.loads(text.partition("<answer>")[2].partition("</answer>")[0])
+    Image.new("RGB", (100, 80)).save(tmp_path / "a.png")
+    words = ["prompt", "--template", "chain-of-box", "--phrase", "left nodule", "--max-pixels", "12544"]
+    assert main([*words, "--image", str(tmp_path / "a.png"), "--model", str(base_folder)]) == 0
+    out = capsys.readouterr().out
+    prompt = make_prompt(
+        example(phrase="left nodule"), Image.new("RGB", (100, 80)), load_processor(base_folder, 3136, 12544),
+        "chain-of-box",
+    )  # fmt: skip
+    assert f"{len(prompt.input_ids)} tokens, " in out and "<|image_pad|> * " in out and "describes: left nodule." in out
+    assert f"the whole image is [0, 0, {prompt.processed_width}, {prompt.processed_height}]" in out
+    assert main(words) == 0
+    assert question_text("left nodule", "chain-of-box") in capsys.readouterr().out
+    assert main([*words, "--image", str(tmp_path / "a.png")]) == 2
+    assert "want a model folder with --image" in capsys.readouterr().err

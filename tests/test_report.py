@@ -60,7 +60,7 @@ class Page(HTMLParser):
 
 def report(run, data):
     out = run / "report.html"
-    write_report(run, data, out)
+    write_report(run, [data], out)
     return out.read_text(encoding="utf-8")
 
 
@@ -142,7 +142,7 @@ def test_a_run_that_has_just_begun(tmp_path):
 def test_mistakes_are_named(finished, tmp_path):
     run, data = finished
     with pytest.raises(ValueError, match=r"nowhere/config\.json"):
-        write_report(tmp_path / "nowhere", data, tmp_path / "x.html")
+        write_report(tmp_path / "nowhere", [data], tmp_path / "x.html")
     (run / "metrics.jsonl").write_text('{"step": 1, "seconds": 1.0}\n{"step": \n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not JSON"):
         report(run, data)

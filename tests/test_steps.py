@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from bench import steps, timing
-from bench.step_floors import Model, Rates, decode_bytes, floors, refresh_bytes
 from bench.step_job import PHASES, Job, make_job
 from bench.step_ours import OurSide
 from bench.step_plain import PlainSide
@@ -19,7 +18,7 @@ from bench.step_table import RATES, Measured, render, summarise
 from bench.step_trl import TrlSide, need_trl
 from bench.step_workloads import WORKLOADS, AnswerLengths, find_workload
 from bench.steps import Race, measure
-from medground.costs import Sizes
+from medground.plan.floors import refresh_bytes
 from medground.sharding import join_ranks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -179,19 +178,6 @@ def test_what_the_gpu_did_is_in_the_table(job, tmp_path):
     text = render(result)
     assert "| power, W | 612.3 |" in text and "SM clock" not in text
     assert "ours: throttled: thermal slowdown in 25 % of samples: times are not to be trusted" in text
-
-
-def test_floors_by_hand():
-    model = Model(parameters=1000, refresh_bytes=6000, weights=100, itemsize=2, token_bytes=10)
-    groups = [Sizes(5, [], [1, 4]), Sizes(2, [], [3, 2])]
-    # three steps of the weights; 5 tokens of prompt in 3 steps, 2 in 2; rows' own: 0, 1 + 2 + 3, 1 + 2, 1
-    assert decode_bytes(model, groups) == 3 * 100 * 2 + 10 * (15 + 4 + 6 + 3 + 1)
-    operations = {"prefill": 10.0, "decode": 40.0, "score": 0.0, "update": 30.0}
-    found = floors(model, groups, operations, Rates(copy=100.0, product=10.0))
-    assert found == {
-        "data": 0, "reward": 0, "prefill": 1, "decode": 8.9 + 60, "score": 0, "update": 3, "optimizer": 320
-    }  # fmt: skip
-    assert floors(model, groups, operations, Rates(copy=100.0, product=1.0))["decode"] == 40 + 60
 
 
 def test_impossible_workloads(monkeypatch, tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import multiprocessing
 import shutil
 from pathlib import Path
 
@@ -12,9 +13,8 @@ from safetensors.torch import load_file
 from uneven_update import LARGEST, all_groups, assert_same_gradient, update
 
 from medground.config import LossConfig, load_config
-from medground.records import Example
 from medground.sharding import join_ranks
-from medground.train import _learning_rate, _order, train
+from medground.train import _learning_rate, train
 
 pytestmark = pytest.mark.slow
 
@@ -213,8 +213,11 @@ def test_a_frozen_vision_tower_stays(tiny_job, tmp_path: Path, base_folder: Path
         assert torch.equal(before[name], after[name]) == name.startswith("visual."), name
 
 
-def test_half_precision_trains(tiny_job, tmp_path: Path):
-    train(tiny_job(tmp_path / "run", steps=1, **{"model.precision": "bfloat16"}))
+def test_half_precision_trains_on_augmented_images_from_a_worker(tiny_job, tmp_path: Path):
+    changes = {"model.precision": "bfloat16", "data.workers": 1, "data.augment.flip": 0.5, "data.augment.shift": 0.1}
+    train(tiny_job(tmp_path / "run", steps=1, **changes))
+    assert not multiprocessing.active_children()
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["records_never_mirrored"] > 0
     row = metrics(tmp_path / "run")[0]
     assert math.isfinite(row["grad_norm"]) and 0.8 < row["ratio_min"] <= row["ratio_max"] < 1.25
 
@@ -224,28 +227,6 @@ def test_learning_rate_rises_and_falls(tiny_job, tmp_path: Path):
     config = tiny_job(tmp_path, **changes)
     rates = [_learning_rate(config, step) for step in range(10)]
     assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 0.82, 0.64, 0.46, 0.28, 0.1])
-
-
-def test_every_epoch_has_every_record_once():
-    orders = [_order(17, seed=3, epoch=epoch) for epoch in range(3)]
-    assert all(sorted(order) == list(range(17)) for order in orders)
-    assert orders[0] != orders[1] != orders[2] and _order(17, 4, 0) != orders[0]
-
-
-def test_examples_are_shared_out_whole(tiny_job, tmp_path: Path):
-    from medground.train import _share
-
-    class Rank:
-        def __init__(self, rank, size):
-            self.rank, self.size = rank, size
-
-    config = tiny_job(tmp_path)
-    examples = [Example(str(i), "", 1, 1, "x", (), "", "", "", "", "train") for i in range(7)]
-    whole = [[e.id for e in _share(examples, config, Rank(0, 1), step)] for step in range(7)]
-    halves = [[e.id for r in range(2) for e in _share(examples, config, Rank(r, 2), step)] for step in range(7)]
-    assert whole == halves
-    stream = [name for step in whole for name in step]
-    assert all(sorted(stream[start : start + 7]) == [str(i) for i in range(7)] for start in range(0, 28, 7))
 
 
 def test_the_folder_of_another_run(straight: Path, tiny_job, tmp_path: Path):

@@ -42,7 +42,7 @@ def update(
         out="unused",
         steps=2,
         model=ModelConfig(path="unused"),
-        data=DataConfig(path="unused"),
+        data=DataConfig(path=("unused",)),
         rollout=RolloutConfig(group_size=4, max_new_tokens=40),
         loss=LossConfig(**vars(loss) | {"micro_batch_tokens": budget}),
         optimizer=OptimizerConfig(lr=1e9, warmup_steps=0, max_grad_norm=1e9),

@@ -30,7 +30,7 @@ def map_in_order(function: Callable[[_In], _Out], items: Iterable[_In], workers:
         yield from map(function, items)
         return
     # spawned: forking a process that has threads can hang
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), begin_worker) as pool:
         waiting: deque[Future[_Out]] = deque()
         try:
             for item in items:
@@ -46,7 +46,7 @@ def map_in_order(function: Callable[[_In], _Out], items: Iterable[_In], workers:
                 future.cancel()
 
 
-def _begin() -> None:
+def begin_worker() -> None:
     """In a new worker: leave Ctrl-C to the main process, and end with it even where it was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -7,13 +7,15 @@ import base64
 import io
 import json
 import random
+from collections.abc import Sequence
 from html import escape
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from medground.datasets.folders import image_path
 from medground.datasets.images import read_image
 from medground.records import Box
 from medground.report.run_files import Film, Row, RunFiles, drawable
@@ -50,15 +52,15 @@ def choose(films: list[Film], each: int = EACH, seed: int = 0) -> list[tuple[Fil
     return [(film, tuple(kinds[key])) for key, film in order.items()]
 
 
-def gallery(run: RunFiles, data: Path) -> str:
+def gallery(run: RunFiles, data: Sequence[str]) -> str:
     """Controls, cards, and the completions as JSON for the page's script.
 
     Args:
         run: as `read_run` gives it.
-        data: folder that the records' images are relative to.
+        data: folders of the records.
 
     Raises:
-        ValueError: an image is missing, unreadable, or outside of `data`; names it.
+        ValueError: an image is missing, unreadable, or outside of them; names it.
     """
     chosen = choose(run.films)
     if not chosen:
@@ -74,16 +76,17 @@ def gallery(run: RunFiles, data: Path) -> str:
     )
 
 
-def image_of(film: Film, data: Path) -> Image.Image:
+def image_of(film: Film, data: Sequence[str]) -> Image.Image:
     """The film's image, RGB.
 
     Raises:
-        ValueError: it cannot be read, or its path leaves `data`.
+        ValueError: it cannot be read, or its path leaves its folder.
     """
     name = PurePosixPath(film.record["image"])
     if name.is_absolute() or ".." in name.parts:
-        raise ValueError(f"record {film.record['id']!r}: want an image inside {data}; got {film.record['image']!r}")
-    return read_image(data / name)
+        record = film.record
+        raise ValueError(f"record {record['id']!r}: want an image inside its data folder; got {record['image']!r}")
+    return read_image(image_path(data, str(name)))
 
 
 def safe_json(value: Any) -> str:

@@ -5,6 +5,7 @@ anything. Texts of data, model and configuration are escaped where they enter th
 """
 
 import dataclasses
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
@@ -17,12 +18,12 @@ from medground.report.tables import category_table, headline_table, sentence, ti
 from medground.report.training_charts import threshold_chart, training_charts
 
 
-def write_report(run: Path, data: Path, out: Path) -> None:
+def write_report(run: Path, data: Sequence[str], out: Path) -> None:
     """Write the page of a run; one that is still going on says what is not there yet.
 
     Args:
         run: folder of the run (docs/run_folder.md).
-        data: folder that the test records' images are relative to.
+        data: folders of the run's records, as its configuration has them in `data.path`.
         out: the HTML file to write, below 5 MB.
 
     Raises:
@@ -33,7 +34,7 @@ def write_report(run: Path, data: Path, out: Path) -> None:
         _header(files),
         _results(files),
         _section("training", "Training", training_charts(files) if files.metrics else _nothing("No step yet.")),
-        _section("films", "Test films", gallery(files, Path(data))),
+        _section("films", "Test films", gallery(files, data)),
         _section("setup", "Setup", _setup(files)),
     ]
     # a lone surrogate has no UTF-8 form; it is shown by its number

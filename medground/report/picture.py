@@ -1,6 +1,7 @@
 """One PNG with a few test films, before and after training: for a README or a slide."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -17,7 +18,7 @@ COLORS = {"truth": (61, 220, 151), "before": (255, 159, 67), "after": (76, 194, 
 PAPER, INK, MUTED = (23, 29, 38), (232, 237, 244), (152, 164, 181)
 
 
-def before_after_picture(run: Path, data: Path, out_png: Path, count: int = 6) -> None:
+def before_after_picture(run: Path, data: Sequence[str], out_png: Path, count: int = 6) -> None:
     """Draw `count` test films with the true box and the boxes before and after training.
 
     The films stand evenly from the best to the worst IoU after training, among those with a true box, so that the
@@ -25,7 +26,7 @@ def before_after_picture(run: Path, data: Path, out_png: Path, count: int = 6) -
 
     Args:
         run: folder of a run that has its evaluation after training.
-        data: folder that the images are relative to.
+        data: folders of the run's records.
         out_png: file to write, below 300 kB.
         count: films, >= 1; fewer when the test split has fewer.
 
@@ -38,7 +39,7 @@ def before_after_picture(run: Path, data: Path, out_png: Path, count: int = 6) -
     if not films:
         raise ValueError(f"{run}: want evaluations before and after training with a true box; got none")
     chosen = evenly(films, count)
-    images = [image_of(film, Path(data)) for film in chosen]
+    images = [image_of(film, data) for film in chosen]
     png = b""
     for side, colors in SIZES:
         png = _png(_sheet(chosen, images, side), colors)

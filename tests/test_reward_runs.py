@@ -1,0 +1,68 @@
+"""A run with every reward and every choice about groups, and the same one resumed."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from medground.config import LossConfig, RewardConfig, load_config
+from medground.encoder_tools import BuildConfig, build_encoder
+from medground.train import train
+
+REWARDS = ("format", "spatial", "semantic", "length", "custom")
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_job, phantoms: Path, tmp_path_factory):
+    """Four steps; the encoder is hardly trained, which the run need not care about."""
+    folder = tmp_path_factory.mktemp("rewards")
+    build_encoder(BuildConfig(data=str(phantoms), out=str(folder / "encoder"), steps=2))
+    (folder / "boxes_wanted.py").write_text(
+        "def one(batch):\n    return [[float(len(a.boxes or ()) == 1) for a in group] for group in batch.answers]\n"
+    )
+    config = tiny_job(folder / "run", **{"steps": 4, "checkpoint.every": 2})
+    reward = RewardConfig(
+        spatial="curriculum", curriculum_start=0.0, curriculum_window=4, curriculum_reward=0.0, curriculum_spread=1.0,
+        semantic_weight=1.0, encoder=f"phantom:{folder / 'encoder'}", length_weight=0.5, length_buffer=20,
+        custom="boxes_wanted:one",
+    )  # fmt: skip
+    loss = LossConfig(beta=0.05, micro_batch_tokens=1000, per_reward=True, drop_zero_spread=True, mask_truncated=True)
+    config = dataclasses.replace(config, reward=reward, loss=loss)
+    config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, max_new_tokens=40))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        patch.setattr("medground.rewards.curriculum.MARGIN", 0.0)  # the tiny model does not get that far
+        train(config)
+        yield folder / "run"
+
+
+def test_every_reward_is_told(straight: Path):
+    rows = metrics(straight)
+    assert len(rows) == 4 and all(row[f"reward_{name}"] is not None for row in rows for name in REWARDS)
+    assert any(row["reward_semantic"] > 0 for row in rows) and any(row["reward_custom"] > 0 for row in rows)
+    assert rows[0]["threshold"] == 0 < rows[-1]["threshold"]
+    sample = json.loads((straight / "samples" / "step-000001.jsonl").read_text().splitlines()[0])
+    want = sample["reward_length"] * 0.5 + sum(sample[f"reward_{name}"] for name in REWARDS if name != "length")
+    assert sample["reward"] == pytest.approx(want)
+    assert load_config(straight / "config.json").reward.thresholds == (0.3, 0.5, 0.7)
+
+
+def test_a_resumed_run_has_the_curriculum_where_it_was(straight: Path, tmp_path: Path):
+    part = tmp_path / "part"
+    shutil.copytree(straight, part)
+    for name in ("checkpoints/step-000004", "export"):
+        shutil.rmtree(part / name)
+    for name in ("summary.json", "report.html"):
+        (part / name).unlink()
+    (part / "config.json").write_text((part / "config.json").read_text().replace(str(straight), str(part)))
+    train(dataclasses.replace(load_config(part / "config.json"), resume=True))
+    ours, theirs = metrics(part), metrics(straight)
+    assert [row["threshold"] for row in ours] == [row["threshold"] for row in theirs]
+    for name in ("reward", "loss", "grad_norm", *(f"reward_{name}" for name in REWARDS)):
+        assert [row[name] for row in ours] == [row[name] for row in theirs], name
