@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch._ops import OpOverload
     from transformers import PreTrainedModel
 
-_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution")
+_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 
 
 def checkpoint_activations(
@@ -57,7 +57,7 @@ def _policy(_context: Any, operation: OpOverload, *args: Any, **_kwargs: Any) ->
     if name in _PRODUCTS:
         left, right = [arg for arg in args if isinstance(arg, Tensor)][-2:]
         # an adapter's second product is as large as what it is added to, but next to no work
-        kept = name == "aten::convolution" or 8 * left.shape[-1] >= right.shape[-1]
+        kept = 8 * left.shape[-1] >= right.shape[-1]
     else:
         # FlashAttention's own operations and SDPA's are named in many ways, but after what they do
         kept = "attn" in name or "attention" in name

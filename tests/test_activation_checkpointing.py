@@ -7,6 +7,7 @@ import torch
 import torch._functorch.config as compiler
 from closeness import Products
 from stream_cases import made_group, made_prompt, policy_of, small_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.timing import PeakMemory
 from medground.activation_checkpointing import checkpoint_activations
@@ -46,11 +47,23 @@ def gradients(policy: Policy) -> Grads:
     return {name: p.grad for name, p in policy.named_parameters() if p.requires_grad}
 
 
-def products_of_the_backward_pass(policy: Policy) -> int:
+class Attention(TorchDispatchMode):
+    """How often attention was computed."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        self.calls += ("attention" in name or "attn" in name) and "backward" not in name
+        return func(*args, **(kwargs or {}))
+
+
+def work_of_the_backward_pass(policy: Policy) -> tuple[int, int]:
+    """Products, and calls of attention."""
     loss = loss_of(policy)
-    with Products() as products:
+    with Products() as products, Attention() as attention:
         loss.backward()
-    return len(products.names)
+    return len(products.names), attention.calls
 
 
 def most_memory(policy: Policy) -> int:
@@ -68,11 +81,12 @@ def test_recomputation_changes_memory_and_nothing_else(lora: bool):
     for policy in (selective, full):
         found = gradients(policy)
         assert found.keys() == want.keys() and all(torch.equal(found[name], grad) for name, grad in want.items())
-    products = products_of_the_backward_pass(none)
+    (products, attention), (kept, never), (again, twice) = map(work_of_the_backward_pass, (none, selective, full))
+    assert attention == never == 0 < twice
     # of an adapter's two products the one that is hardly any work, but for the last one's, whose result nothing needs
-    assert products_of_the_backward_pass(selective) == products + 2 * 6 * lora
+    assert kept == products + 2 * 6 * lora
     made = 2 * 7 * (3 if lora else 1) + 5 * (not lora)  # of the layers; an adapter has two
-    assert products + made - 4 <= products_of_the_backward_pass(full) <= products + made, "but for what comes last"
+    assert products + made - 4 <= again <= products + made, "but for what comes last"
     most, less, least = (most_memory(policy) for policy in (none, selective, full))
     assert most > 1.1 * less > 1.2 * least
 

@@ -18,7 +18,14 @@ from medground.sharding import join_ranks
 from medground.train import train
 
 KINDS = ["adamw", "adamw-8bit"]
-SHAPES = {"matrix": (24, 512), "adapter": (96, 64), "odd": (60, 180), "vector": (300,), "small": (5, 3)}
+SHAPES = {
+    "matrix": (24, 512),
+    "adapter": (96, 64),
+    "odd": (60, 180),
+    "vector": (300,),
+    "short": (8, 64),
+    "small": (5, 3),
+}
 CODED = ("matrix", "adapter")
 """Those in 8 bits: large enough, their rows a whole number of blocks."""
 
