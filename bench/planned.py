@@ -148,6 +148,7 @@ class LiveBytes:
     """Most bytes of torch's CPU allocator in each phase."""
 
     def __init__(self) -> None:
+        gc.collect()  # or what is freed later would be taken off
         self.peaks: dict[str, int] = {}
         self._held, self._phase, self._profile = 0, "", None
 

@@ -97,7 +97,7 @@ def test_what_does_not_fit_says_by_how_much_and_what_would_help(saved, capsys, m
     assert main(plan(saved, "--gpus", "2", "--gpu", "rtx-4090-24gb")) == 1
     out = capsys.readouterr()
     assert "DOES NOT FIT: " in out.out and "what to change" in out.out and "reckoned" in out.out
-    assert "--loss.micro-batch-tokens" in out.out and "--model.gradient-checkpointing" in out.out
+    assert "--loss.micro-batch-tokens" in out.out and "--model.activation-checkpointing full" in out.out
     assert "update" in out.err, "progress"
 
 
