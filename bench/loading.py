@@ -77,7 +77,7 @@ def _rank(rank: int, ranks: int, folder: Path, what: str, out: Path) -> None:
         out="unused",
         steps=1,
         model=ModelConfig(path=str(folder), precision="bfloat16"),
-        data=DataConfig(path="unused"),
+        data=DataConfig(path=("unused",)),
         loss=LossConfig(beta=1.0),
     )
     with join_ranks() as joined:

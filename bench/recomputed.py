@@ -6,7 +6,8 @@
     python -m bench.recomputed --device cuda --model 3b     shapes of 3B on a GPU
 
 One packed group, forward and backward pass of the GRPO loss. Memory is what an update holds at most beyond the weights,
-its gradients included. On a CPU, with one thread, seconds are the processor's, so that others on the machine matter less.
+its gradients included. On a CPU, with one thread, seconds are the processor's, so that others on the machine matter
+less.
 """
 
 import argparse

@@ -36,7 +36,7 @@ def job(folder: Path, beta: float = 0.1, sharding: ShardingConfig | None = None,
         out="unused",
         steps=1,
         model=ModelConfig(path=str(folder), **{"precision": "float32"} | model),  # type: ignore[arg-type]
-        data=DataConfig(path="unused"),
+        data=DataConfig(path=("unused",)),
         sharding=sharding or ShardingConfig(),
         loss=LossConfig(beta=beta),
     )
@@ -123,6 +123,6 @@ def test_a_faulty_folder_is_named(fault: str, folder: Path, ranks: Ranks, tmp_pa
 
 def test_options_reach_the_optimizer(folder: Path):
     options = OptimizerConfig(lr=3e-3, beta1=0.8, beta2=0.9, weight_decay=0.1)
-    config = Config(out="x", steps=1, model=ModelConfig(path="x"), data=DataConfig(path="x"), optimizer=options)
+    config = Config(out="x", steps=1, model=ModelConfig(path="x"), data=DataConfig(path=("x",)), optimizer=options)
     (group,) = build_optimizer(torch.nn.Linear(2, 2), config).param_groups
     assert (group["lr"], group["betas"], group["weight_decay"], group["fused"]) == (3e-3, (0.8, 0.9), 0.1, True)

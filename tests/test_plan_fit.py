@@ -97,7 +97,9 @@ def test_a_real_search_finds_what_really_fits(tmp_path):
     rows = levers(job, config, 2, room, found, search, told.append)
     by_option = {row.option: row for row in rows}
     assert by_option[f"--loss.micro-batch-tokens {search.best}"].fits
-    assert by_option["--model.activation-checkpointing full"].dry_run and "--model.activation-checkpointing full" in told
+    assert (
+        by_option["--model.activation-checkpointing full"].dry_run and "--model.activation-checkpointing full" in told
+    )
     assert any(" --rollout.cache-gb " in option and option.startswith("--loss") for option in by_option)
     assert [row.needed for row in rows] == sorted(row.needed for row in rows)
     assert all(row.fits == (row.needed <= room.memory) for row in rows)

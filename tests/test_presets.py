@@ -38,7 +38,7 @@ def test_the_papers_settings():
             rollout, loss = config.rollout, config.loss
             assert (config.epochs, rollout.group_size, rollout.temperature, loss.beta) == (2, 8, 1.0, 0.04)
             assert config.model.lora.rank or config.optimizer.lr == 1e-6
-            assert any(config.data.path == f"data/{data}" and data in name for data in DATA_SETS)
+            assert any(config.data.path == (f"data/{data}",) and data in name for data in DATA_SETS)
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if "ms-cxr-lora" in name])

@@ -21,7 +21,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `rank_runs` writes; on CPUs, since its processes are forked and more than there may be GPUs."""
     folder = tmp_path_factory.mktemp("ranks")
     script = str(Path(__file__).with_name("rank_runs.py"))
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    root = Path(__file__).parents[1]  # where bench is
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
     done = subprocess.run([sys.executable, script, str(folder)], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return folder
