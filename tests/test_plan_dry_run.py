@@ -169,3 +169,13 @@ def test_published_shapes_are_counted_right():
             vlm = Qwen2_5_VLForConditionalGeneration(config)
         assert sum(w.numel() for w in vlm.parameters()) == pytest.approx(want, rel=0.002)
         assert config.text_config.hidden_size == PUBLISHED[name].hidden
+
+
+def test_moments_in_8_bits(tmp_path):
+    pytest.importorskip("torchao")
+    wide = Architecture(256, 1, 4, 2, 512, 2048, False, 1, 64, 2, 256, (0,))
+    config = made_config(tmp_path, wide, optimizer_kind="adamw-8bit")
+    found, weights = run(config, 2), weights_of(config).values()
+    large = sum(w.numel() for w in weights if w.numel() >= 4096 and not w[0].numel() % 64) / 2
+    small = sum(w.numel() for w in weights) / 2 - large
+    assert found.peaks["update"].parts["optimizer"] == pytest.approx(large * 2 * (1 + 4 / 256) + small * 8, rel=0.05)

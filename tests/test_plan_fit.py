@@ -100,6 +100,7 @@ def test_a_real_search_finds_what_really_fits(tmp_path):
     assert (
         by_option["--model.activation-checkpointing full"].dry_run and "--model.activation-checkpointing full" in told
     )
+    assert by_option["--sharding.reduce each"].dry_run and not by_option["--optimizer.kind adamw-8bit"].dry_run
     assert any(" --rollout.cache-gb " in option and option.startswith("--loss") for option in by_option)
     assert [row.needed for row in rows] == sorted(row.needed for row in rows)
     assert all(row.fits == (row.needed <= room.memory) for row in rows)

@@ -27,6 +27,7 @@ GRAIN = 256
 SHARDED = ("weights", "reference", "optimizer", "gradients")
 """Parts that are divided among the ranks."""
 _ADAPTERS = LoraConfig(rank=64)
+_BY_8_BITS = 1 - 2.03 / 8  # of the moments; large weights alone have them in 8 bits
 _WORTH_IT = 0.99  # a change that leaves more of the peak is not named
 
 
@@ -156,6 +157,11 @@ def levers(
     together = f"--loss.micro-batch-tokens {tokens} --rollout.cache-gb {cache:g}"
     together += " --model.activation-checkpointing full" * recompute
     run(together, _checkpointed(replace(smaller, loss=replace(config.loss, micro_batch_tokens=tokens))))
+    if found.micro_batches > 1 and config.sharding.reduce == "last":
+        run("--sharding.reduce each", replace(config, sharding=replace(config.sharding, reduce="each")))
+    if config.optimizer.kind == "adamw":
+        saved = [peak.total - int(_BY_8_BITS * peak.parts.get("optimizer", 0)) for peak in found.peaks.values()]
+        add("--optimizer.kind adamw-8bit", max(saved), False)
     if config.loss.beta:
         less = [peak.total - peak.parts.get("reference", 0) for peak in found.peaks.values()]
         add("--loss.beta 0 (no reference)", max(less), False)

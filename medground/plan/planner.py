@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from medground.adamw import need_torchao
 from medground.config import Config
 from medground.lora import need_peft
 from medground.plan.dry_run import DryRun, dry_run, with_precision
@@ -49,11 +50,10 @@ def make_plan(config: Config, asked: Asked, tell: Callable[[str], None] = lambda
     """
     gpu = find_gpu(asked.gpu)
     config = with_precision(in_steps(config), bool(gpu.name))
-    if config.optimizer.kind != "adamw" or config.sharding.cpu_offload:
-        raise ValueError(
-            "optimizer.kind, sharding.cpu_offload: want adamw on the GPU, which is all that can be planned yet; got "
-            f"{config.optimizer.kind}, {config.sharding.cpu_offload}"
-        )
+    if config.sharding.cpu_offload:
+        raise ValueError("sharding.cpu_offload: want it off, since what lies on a CPU cannot be planned; got it on")
+    if config.optimizer.kind == "adamw-8bit":
+        need_torchao()
     model = model_config(config.model.path)
     prompt = longest_prompt(config, asked.text_tokens)
     check_sizes(config, prompt, asked.gpus, model.text_config.max_position_embeddings)

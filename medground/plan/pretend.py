@@ -92,7 +92,9 @@ def _device() -> Iterator[Any]:
     )
     adam = importlib.import_module("torch.optim.adam")  # torch.optim hides it
     yield patch.object(adam, "_device_dtype_check_for_fused", lambda *args, **kwargs: None)
-    yield patch.object(torch, "_fused_adamw_", _nothing)  # works in place; DTensor takes seconds to find that out
+    # both work in place: AdamW, of which DTensor takes seconds to find that out, and torchao's, weight by weight
+    yield patch.object(torch, "_fused_adamw_", _nothing)
+    yield patch.object(torch, "compile", lambda *args, **kwargs: _nothing)
     yield patch.object(nn.Module, "compile", lambda *args, **kwargs: None)
     yield patch.object(nn.functional, "scaled_dot_product_attention", _attention)
 

@@ -153,11 +153,11 @@ class Tracker(TorchDispatchMode):
         self._phase = ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if DTensor in types:
-            return NotImplemented  # it does its part first, and comes again with what this rank holds
         kwargs = kwargs or {}
         if self._aside:
             return func(*args, **kwargs)
+        if any(kind is not Tensor for kind in types):
+            return NotImplemented  # DTensors and 8-bit moments do their part first, and come again with what they hold
         out = self._shaped(func, args, kwargs)
         if func.namespace == "c10d":
             self._count_collective(func, args)
