@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(_HELP)
         return 0 if words else 2
-    name = " ".join(words[:2]) if words[0] in ("data", "encoders") else words[0]
+    name = " ".join(words[:2]) if words[0] in _TWO_WORDS else words[0]
     try:
         if name not in _COMMANDS:
             raise ValueError(f"unknown command {name!r}; known are {', '.join(_COMMANDS)}")
@@ -141,12 +141,6 @@ def _plan(words: list[str]) -> int:
     return 0 if plan["memory"]["fits"] else 1
 
 
-def _phantom(words: list[str]) -> None:
-    from medground.datasets.phantom import PhantomConfig, write_phantom
-
-    write_phantom(_options(PhantomConfig, "medground data phantom", words))
-
-
 def _prepare(words: list[str]) -> None:
     if not words or words[0] in ("-h", "--help"):
         lines = "\n".join(f"  {name}" for name in _SOURCES)
@@ -159,27 +153,6 @@ def _prepare(words: list[str]) -> None:
     getattr(source, function)(_options(getattr(source, options), f"medground data prepare {words[0]}", words[1:]))
 
 
-def _audit(words: list[str]) -> None:
-    from medground.audit.audit import AuditConfig, run_audit
-
-    run_audit(_options(AuditConfig, "medground data audit", words))
-
-
-def _base(words: list[str]) -> None:
-    from medground.base_config import BaseConfig
-
-    config = _options(BaseConfig, "medground base", words)
-    from medground.base_model import build_base
-
-    build_base(config)
-
-
-def _prompt(words: list[str]) -> None:
-    from medground.show_prompt import ShowPromptConfig, show_prompt
-
-    show_prompt(_options(ShowPromptConfig, "medground prompt", words))
-
-
 def _check_encoder(words: list[str]) -> None:
     from medground.encoder_tools import CheckConfig, check_encoder
 
@@ -189,18 +162,6 @@ def _check_encoder(words: list[str]) -> None:
             raise ValueError("encoders check: want the encoder's name first, as in --reward.encoder; got none")
         _options(CheckConfig, program, words)
     check_encoder(words[0], _options(CheckConfig, program, words[1:]))
-
-
-def _build_encoder(words: list[str]) -> None:
-    from medground.encoder_tools import BuildConfig, build_encoder
-
-    build_encoder(_options(BuildConfig, "medground encoders build", words))
-
-
-def _demo(words: list[str]) -> None:
-    from medground.demo import DemoConfig, run_demo
-
-    run_demo(_options(DemoConfig, "medground demo", words))
 
 
 def _report(words: list[str]) -> None:
@@ -218,6 +179,21 @@ def _options(kind: Any, program: str, words: list[str]) -> Any:
     return tyro.cli(kind, prog=program, args=words)
 
 
+def _plain(name: str) -> Callable[[list[str]], None]:
+    """A verb of `_VERBS`: its options are read first, then its function is imported, with torch and all."""
+
+    def run(words: list[str]) -> None:
+        home, kind, module, function = _VERBS[name]
+        config = _options(getattr(_module(home), kind), f"medground {name}", words)
+        getattr(_module(module or home), function)(config)
+
+    return run
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"medground.{name}")
+
+
 _KNOWN_TO_ALL = ("SharedError", "CheckpointError", "DivergedError")
 """Errors that every rank has; by name, since their modules import torch."""
 
@@ -229,15 +205,21 @@ _SOURCES = {  # name -> file of medground/datasets, its options, its function
     "vlm-r1": ("vlm_r1", "VlmR1Config", "prepare_vlm_r1"),
     "csv": ("own_csv", "OwnCsvConfig", "prepare_csv"),
 }
+_TWO_WORDS = ("data", "encoders")
+"""Verbs that want a second word."""
+
+_VERBS = {  # name -> module of its options, their class, module of its function ("" for the same), the function
+    "data phantom": ("datasets.phantom", "PhantomConfig", "", "write_phantom"),
+    "data audit": ("audit.audit", "AuditConfig", "", "run_audit"),
+    "base": ("base_config", "BaseConfig", "base_model", "build_base"),
+    "prompt": ("show_prompt", "ShowPromptConfig", "", "show_prompt"),
+    "encoders build": ("encoder_tools", "BuildConfig", "", "build_encoder"),
+    "demo": ("demo", "DemoConfig", "", "run_demo"),
+}
 _COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
-    "demo": _demo,
-    "data phantom": _phantom,
+    **{name: _plain(name) for name in _VERBS},
     "data prepare": _prepare,
-    "data audit": _audit,
-    "base": _base,
-    "prompt": _prompt,
     "encoders check": _check_encoder,
-    "encoders build": _build_encoder,
     "train": _train,
     "plan": _plan,
     "report": _report,

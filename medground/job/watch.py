@@ -196,7 +196,9 @@ class _Watcher:
                     f"no answer for {self._timeout:.0f} s from {host}, the host that keeps the job together; this rank "
                     f"is in {doing}, at {self._where()}"
                 )
-            signs = {rank: (sign, now - came) for rank, (sign, came) in list(self._signs.items())}
+            # nobody is silent where it is the store that does not answer
+            heard = self._answered if self._place else now
+            signs = {rank: (sign, max(heard - came, 0.0)) for rank, (sign, came) in list(self._signs.items())}
             if signs and (said := verdict(signs, self._size, self._timeout)):
                 self._end(said)
 
