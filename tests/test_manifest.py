@@ -254,7 +254,7 @@ def test_select(folder):
 
 def test_each_image_is_measured_once(folder, monkeypatch):
     measured = []
-    monkeypatch.setattr(manifest, "image_size", lambda path: measured.append(path.name) or (40, 30))
+    monkeypatch.setattr(manifest, "image_size", lambda path: measured.append(Path(path).name) or (40, 30))
     write(folder, *[GOOD | {"id": str(n)} for n in range(50)], other())
     load_records(folder)
     assert measured == ["a.png", "b.png"]
