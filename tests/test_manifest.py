@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import time
+from pathlib import Path
 
 import pytest
 from PIL import Image
