@@ -11,6 +11,7 @@ one thread each.
 """
 
 import argparse
+import fcntl
 import json
 import os
 import shlex
@@ -40,6 +41,7 @@ from medground.config import (
     save_config,
 )
 from medground.presets import PRESETS
+from medground.run_folder import LOCK
 
 DEMO = PRESETS["demo"][1]
 AGAINST = "soft"
@@ -119,19 +121,26 @@ def unfinished(config: Config) -> bool:
     """Whether a run is still to be done; what an earlier attempt left is removed.
 
     Raises:
-        ValueError: the folder holds a run of another configuration, or something else.
+        ValueError: the folder holds a run of another configuration, one that goes on, or something else.
     """
     run = Path(config.out)
     if not run.exists():
         return True
     if not (run / "config.json").is_file():
-        if any(path.is_file() and path.name != ".lock" for path in run.rglob("*")):
+        if any(path.is_file() and path.name != LOCK for path in run.rglob("*")):
             raise ValueError(f"{run}: want a run of an ablation; it holds something else")
     elif (run / "summary.json").exists():
         differing = differing_fields(config, load_config(run / "config.json"))
         if differing:
             raise ValueError(f"{run}: want the configuration it was started with; got {'; '.join(differing)}")
         return False
+    if (run / LOCK).exists():
+        with (run / LOCK).open() as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{run}: want a run that has ended; {lock.read()} writes to it") from None
+    print(f"{run}: had not finished, removed")
     shutil.rmtree(run)
     return True
 
@@ -207,11 +216,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.steps < 1 or args.jobs < 1:
         parser.error(f"want --steps and --jobs of 1 or more; got {args.steps}, {args.jobs}")
+    arms, seeds = list(dict.fromkeys(args.only)), list(dict.fromkeys(args.seeds))
     # seed by seed, so that whatever is there when it is stopped compares all arms
-    configs = [run_config(args.out, arm, seed, args.steps) for seed in args.seeds for arm in args.only]
-    prepare(args.out, args.only, args.seeds)
+    configs = [run_config(args.out, arm, seed, args.steps) for seed in seeds for arm in arms]
+    prepare(args.out, arms, seeds)
     errors = train_all(configs, args.jobs)
-    found = collect(args.out, args.only, args.seeds, args.steps)
+    found = collect(args.out, arms, seeds, args.steps)
     write(found, args.out, args.steps, args.save)
     if errors:
         sys.exit("\n".join(["failed, and not in the tables:", *errors]))

@@ -1,5 +1,6 @@
 """The ablation: its tables on made-up runs, its configurations, what is done again; no training."""
 
+import fcntl
 import json
 from pathlib import Path
 
@@ -127,6 +128,11 @@ def test_what_is_left_of_a_stopped_run_goes(tmp_path: Path):
     with pytest.raises(ValueError, match=r"want the configuration it was started with; got steps: 30 against 20"):
         unfinished(run_config(tmp_path, "soft", 12, 30))
     (run / "summary.json").unlink()
+    (run / ".lock").write_text("process 7 on host")
+    with (run / ".lock").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="want a run that has ended; process 7 on host writes to it"):
+            unfinished(config)
     assert unfinished(config) and not run.exists()
     run.mkdir()
     (run / "thesis.txt").write_text("mine")
