@@ -219,9 +219,12 @@ def main() -> None:
     arms, seeds = list(dict.fromkeys(args.only)), list(dict.fromkeys(args.seeds))
     # seed by seed, so that whatever is there when it is stopped compares all arms
     configs = [run_config(args.out, arm, seed, args.steps) for seed in seeds for arm in arms]
-    prepare(args.out, arms, seeds)
-    errors = train_all(configs, args.jobs)
-    found = collect(args.out, arms, seeds, args.steps)
+    try:
+        prepare(args.out, arms, seeds)
+        errors = train_all(configs, args.jobs)
+        found = collect(args.out, arms, seeds, args.steps)
+    except ValueError as error:
+        sys.exit(f"bench.ablation: error: {error}")
     write(found, args.out, args.steps, args.save)
     if errors:
         sys.exit("\n".join(["failed, and not in the tables:", *errors]))

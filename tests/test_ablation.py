@@ -20,7 +20,7 @@ def made_up(mean: float, seed: int, records: int = 300, shift: float = 0.0) -> R
     score = np.repeat(rng.normal(mean, 0.2, records // 2), 2) + shift
     absent = np.where(np.arange(records) % 10 == 0, 1.0, NAN)
     scores = dict.fromkeys(METRICS, score) | {"absent": absent}
-    figures = {"tokens": 20.0 + seed, "shuffled": 0.2, "blind": 0.25, "seconds": 60.0}
+    figures = {"tokens": 20.0 + seed, "shuffled": 0.2, "sampled": 0.3, "blind": 0.25, "seconds": 60.0}
     return Run([str(i) for i in range(records)], [f"p{i // 2}" for i in range(records)], scores, figures)
 
 
@@ -93,7 +93,7 @@ def finished(config, before: str, after: str) -> None:
     for step, text, boxes in ((0, before, [[0, 0, 4, 10]]), (config.steps, after, [[6, 0, 10, 10]])):
         line = json.dumps(row | {"completion": text, "boxes": boxes})
         (run / f"eval/step-{step:06d}.predictions.jsonl").write_text(line + "\n")
-    metrics = [{"step": i + 1, "completion_length": 40.0 - i} for i in range(config.steps)]
+    metrics = [{"step": i + 1, "completion_length": 40.0 - i, "iou": i / 20} for i in range(config.steps)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
     summary = {"miou_before_shuffled_images": 0.1, "miou_after_shuffled_images": 0.3, "miou_blind_baseline": 0.2}
     (run / "summary.json").write_text(json.dumps(summary | {"seconds_total": 70.0}))
@@ -115,6 +115,7 @@ def test_finished_runs_are_read_and_not_run_again(tmp_path: Path, capsys):
     chain = found["arms"]["soft+chain"]
     assert chain["format"]["value"] == chain["miou"]["value"] == chain["side"]["value"] == 1
     assert chain["tokens"] == pytest.approx(np.mean(np.arange(21, 31))) and chain["seconds"] == 70
+    assert chain["sampled"] == pytest.approx(14.5 / 20) and found["arms"]["before"]["sampled"] == 0
     assert found["arms"]["soft"]["shuffled"] == 0.3 and found["arms"]["before"]["shuffled"] == 0.1
     assert "seconds" not in found["arms"]["before"] and "| 25.5 | 70 |" in render(found, "soft")
 
