@@ -16,13 +16,14 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from tqdm import tqdm
@@ -145,8 +146,8 @@ def unfinished(config: Config) -> bool:
     return True
 
 
-def train_arm(config: Config, bar: tqdm) -> str:
-    """Train; an error in words, or ''. The bar moves with its steps."""
+def train_arm(config: Config, bar: tqdm, stop: Event) -> str:
+    """Train; an error in words, or ''. The bar moves with its steps; `stop` ends it."""
     run = Path(config.out)
     run.parent.mkdir(parents=True, exist_ok=True)
     file, log = run.with_name(f"{run.name}.json"), run.with_name(f"{run.name}.log")
@@ -157,19 +158,17 @@ def train_arm(config: Config, bar: tqdm) -> str:
             [sys.executable, "-m", "medground.train", "--config", str(file)],
             stdout=output, stderr=subprocess.STDOUT, env=_environment(),
         )  # fmt: skip
-        try:
-            while process.poll() is None:
-                time.sleep(1)
-                metrics = run / "metrics.jsonl"
-                done = metrics.read_text().count("\n") if metrics.exists() else 0
-                bar.update(done - seen)
-                seen = done
-        finally:
-            process.terminate()  # of no effect where it has ended
-    bar.update(config.steps - seen)
+        while process.poll() is None and not stop.wait(1):
+            metrics = run / "metrics.jsonl"
+            done = metrics.read_text().count("\n") if metrics.exists() else 0
+            bar.update(done - seen)
+            seen = done
+        process.terminate()  # of no effect where it has ended
+        process.wait()
     name = f"seed {config.seed}, {run.name}"
-    if process.returncode:
-        return f"{name}: ended with status {process.returncode}; {log}"
+    if process.returncode or not (run / "summary.json").exists():
+        return f"{name}: ended with status {process.returncode} after {seen} steps; {log}"
+    bar.update(config.steps - seen)
     s = json.loads((run / "summary.json").read_text())
     bar.write(f"{name}: mIoU {s['miou_before']:.3f} -> {s['miou_after']:.3f}, {s['seconds_total']:.0f} s", sys.stdout)
     sys.stdout.flush()
@@ -184,7 +183,12 @@ def train_all(configs: list[Config], jobs: int) -> list[str]:
         tqdm(total=sum(config.steps for config in todo), desc="ablation", unit="step", mininterval=5) as bar,
         ThreadPoolExecutor(jobs) as pool,
     ):
-        return [error for error in pool.map(partial(train_arm, bar=bar), todo) if error]
+        stop = Event()
+        try:
+            return [error for error in pool.map(partial(train_arm, bar=bar, stop=stop), todo) if error]
+        except BaseException:  # Ctrl-C, SIGTERM
+            stop.set()
+            raise
 
 
 def collect(out: Path, arms: list[str], seeds: list[int], steps: int) -> dict[str, Any]:
@@ -216,6 +220,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.steps < 1 or args.jobs < 1:
         parser.error(f"want --steps and --jobs of 1 or more; got {args.steps}, {args.jobs}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that runs end, too
     arms, seeds = list(dict.fromkeys(args.only)), list(dict.fromkeys(args.seeds))
     # seed by seed, so that whatever is there when it is stopped compares all arms
     configs = [run_config(args.out, arm, seed, args.steps) for seed in seeds for arm in arms]

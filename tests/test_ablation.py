@@ -2,12 +2,16 @@
 
 import fcntl
 import json
+import subprocess
+import sys
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
+from tqdm import tqdm
 
-from bench.ablation import ARMS, collect, run_config, template_of, train_all, unfinished
+from bench.ablation import ARMS, collect, run_config, template_of, train_all, train_arm, unfinished
 from bench.ablation_table import METRICS, Run, over_seeds, read_run, render, summarise
 from medground.config import load_config, save_config
 
@@ -140,3 +144,21 @@ def test_what_is_left_of_a_stopped_run_goes(tmp_path: Path):
     with pytest.raises(ValueError, match="it holds something else"):
         unfinished(config)
     assert (run / "thesis.txt").exists()
+
+
+def test_runs_that_fail_are_told_and_those_that_are_stopped_end(tmp_path: Path, monkeypatch):
+    start = subprocess.Popen
+    config = run_config(tmp_path, "soft", 12, 20)
+
+    def trainer(code: str) -> None:
+        monkeypatch.setattr(subprocess, "Popen", lambda words, **more: start([sys.executable, "-c", code], **more))
+
+    trainer("print('no such thing'); raise SystemExit(3)")
+    log = tmp_path / "runs" / "12" / "soft.log"
+    assert train_all([config], 1) == [f"seed 12, soft: ended with status 3 after 0 steps; {log}"]
+    assert log.read_text() == "no such thing\n" and load_config(log.with_name("soft.json")) == config
+    trainer("import time; time.sleep(60)")
+    stop = Event()
+    stop.set()
+    assert "ended with status -15" in train_arm(config, tqdm(disable=True), stop)
+    assert collect(tmp_path, ["soft"], [12], 20)["arms"] == {}
