@@ -27,7 +27,7 @@ import numpy as np
 from medground.records import Box, Example
 from medground.set_iou import Floats, box_array, box_ious, set_iou, set_ious
 
-__all__ = ["Prediction", "blind_baseline", "score", "set_iou", "side_word"]
+__all__ = ["Prediction", "blind_baseline", "record_scores", "score", "set_iou", "side_word"]
 
 THRESHOLDS = (0.3, 0.5, 0.7)
 CATEGORY_METRICS = ("miou", "acc@0.5")
@@ -85,7 +85,7 @@ def score(predictions: Sequence[Prediction], resamples: int = 10_000, seed: int 
         raise ValueError("want at least one prediction to score; got none")
     if resamples < 1:
         raise ValueError(f"want resamples >= 1; got {resamples}")
-    columns = {name: np.array([rule(p) for p in predictions], dtype=np.float64) for name, rule in _METRICS.items()}
+    columns = record_scores(predictions)
     of_category = np.array([p.category for p in predictions])
     categories = sorted(set(of_category.tolist()))
     parts = [(category, name) for category in categories for name in CATEGORY_METRICS]
@@ -96,6 +96,11 @@ def score(predictions: Sequence[Prediction], resamples: int = 10_000, seed: int 
     for (category, name), estimate in zip(parts, estimates[len(columns) :], strict=True):
         by_category[category][name] = estimate
     return {"metrics": dict(zip(columns, estimates, strict=False)), "by_category": by_category}
+
+
+def record_scores(predictions: Sequence[Prediction]) -> dict[str, Floats]:
+    """What each metric is the mean of: by its name, [records], nan for records that it does not apply to."""
+    return {name: np.array([rule(p) for p in predictions], dtype=np.float64) for name, rule in _METRICS.items()}
 
 
 def blind_baseline(train: Sequence[Example], test: Sequence[Example]) -> dict[str, Any]:

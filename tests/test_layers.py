@@ -17,8 +17,8 @@ PROGRAMS = ("cli", "train", "demo", "plan", "__main__")
 """Rooms of medground/ that may import everything, and that nothing but a program may import."""
 
 WIRED = (
-    "build", "evaluate", "preflight", "loading", "summary", "predict", "base_model", "audit", "show_prompt",
-    "encoder_tools",
+    "build", "evaluate", "preflight", "loading", "summary", "predict", "base_model", "base_answers", "audit",
+    "show_prompt", "encoder_tools",
 )  # fmt: skip
 """Rooms that put stages together: they may import every stage and each other; a stage may not import them."""
 
