@@ -18,7 +18,7 @@ PROGRAMS = ("cli", "train", "demo", "plan", "__main__")
 
 WIRED = (
     "build", "evaluate", "preflight", "loading", "summary", "predict", "base_model", "audit", "show_prompt",
-    "encoder_tools",
+    "encoder_tools", "controls", "evaluate_model",
 )  # fmt: skip
 """Rooms that put stages together: they may import every stage and each other; a stage may not import them."""
 
@@ -37,6 +37,7 @@ EXCEPTIONS = {
     ("checkpoint", "medground.checkpoint_folder"): "its files, without torch; a leaf",
     ("checkpoint", "medground.adamw"): "it holds the optimizer's state; adamw is a leaf: torch, torchao",
     ("export", "medground.lora"): "adapters are exported",
+    ("eval_folder", "medground.run_folder"): "it is held and written as a run's is",
     ("scoring", "medground.set_iou"): "metrics are means of it; it is a leaf: numpy and the type of a box",
     ("varlen_attention", "flash_attn"): "the fastest attention; imported on CUDA, where it is installed",
 }
