@@ -72,11 +72,13 @@ def constant_answers(examples: Sequence[Example], control: ConstantControl) -> l
 def agreement(plain: Sequence[Prediction], flipped: Sequence[Prediction]) -> list[Prediction]:
     """The answers to mirrored films with, as truth, those to the films themselves: to be scored.
 
-    Where a plain answer is unreadable there is nothing to agree with, and it is left out.
+    Each pair is a record of its own. Where a plain answer is unreadable there is nothing to agree with: it is left out.
     """
-    pairs = zip(plain, flipped, strict=True)
-    assert all((a.id, a.sample) == (b.id, b.sample) for a, b in zip(plain, flipped, strict=True))
-    return [replace(b, truth=a.boxes) for a, b in pairs if a.boxes is not None]
+    pairs = list(zip(plain, flipped, strict=True))
+    assert all((a.id, a.sample) == (b.id, b.sample) for a, b in pairs)
+    return [
+        replace(b, id=f"{b.id}/{b.sample or 0}", sample=None, truth=a.boxes) for a, b in pairs if a.boxes is not None
+    ]
 
 
 def best_of(predictions: Sequence[Prediction]) -> list[Prediction]:

@@ -39,7 +39,7 @@ def table(result: Mapping[str, Any]) -> str:
         if name not in found:
             continue
         lines.append(_line(_NAMES[name], found[name]["metrics"]))
-        if best := found[name].get("best_of_samples"):
+        if best := found[name].get("best_of_k"):
             lines.append(_line(f"  best of {options['samples']}", best))
     lines.append("\n95 % intervals: bootstrap over patients." + _means(options["samples"]))
     if flipped := found.get("flipped"):

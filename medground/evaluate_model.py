@@ -233,7 +233,7 @@ def _conclude(config: EvalConfig, job: _Job, ranks: Ranks) -> None:
         write_rows(job.out / _file(name), (prediction.row() for prediction in predictions))
         results[name] = {"predictions": _file(name), **score(predictions)}
         if config.samples > 1 and name not in CONSTANT:
-            results[name]["best_of_samples"] = score(best_of(predictions))["metrics"]
+            results[name]["best_of_k"] = score(best_of(predictions))["metrics"]
     if "flipped" in found:
         results["flipped"] |= _agreement(found["true"], found["flipped"], job.examples)
     if job.blind:
