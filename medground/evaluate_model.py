@@ -11,7 +11,7 @@ bits depend on nothing but the piece: not on the number of ranks, nor on where a
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -61,18 +61,20 @@ def evaluate_model(config: EvalConfig) -> None:
         watch(ranks.progress, ranks.store, ranks.rank, ranks.size, timeout),
         memory_explained(ranks.progress),
     ):
-        job = ranks.together(lambda: _check(config, ranks))
-        held = ranks.together(lambda: eval_folder.start(job.out, job.asked) if ranks.is_first else None)
-        try:
-            if not ranks.gather((job.out / eval_folder.EVAL).exists())[0]:
-                _answer(config, job, ranks)
-                if ranks.is_first:
-                    _conclude(config, job, ranks)
+        evaluate_on(ranks, config)
+
+
+def evaluate_on(ranks: Ranks, config: EvalConfig) -> None:
+    """The same on ranks that have met; every one of them must call it."""
+    job = ranks.together(lambda: _check(config, ranks))
+    held = ranks.together(lambda: eval_folder.start(job.out, job.asked) if ranks.is_first else None)
+    with held or nullcontext():
+        if not ranks.gather((job.out / eval_folder.EVAL).exists())[0]:
+            _answer(config, job, ranks)
             if ranks.is_first:
-                _show(config, job.out)
-        finally:
-            if held:
-                held.close()
+                _conclude(config, job, ranks)
+        if ranks.is_first:
+            _show(config, job.out)
 
 
 class _Job(NamedTuple):
