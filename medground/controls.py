@@ -25,14 +25,14 @@ from medground.loading import Question
 from medground.records import Example
 from medground.scoring import Prediction
 
-AskedControl = Literal["shuffled", "blank", "flipped"]
-ConstantControl = Literal["whole", "centre"]
+Asked = Literal["true", "shuffled", "blank", "flipped"]
+Constant = Literal["whole", "centre"]
 
-ASKED: tuple[AskedControl, ...] = get_args(AskedControl)
-CONSTANT: tuple[ConstantControl, ...] = get_args(ConstantControl)
+ASKED: tuple[Asked, ...] = ("shuffled", "blank", "flipped")
+CONSTANT: tuple[Constant, ...] = get_args(Constant)
 
 
-def questions(examples: Sequence[Example], control: AskedControl | Literal["true"]) -> list[Question]:
+def questions(examples: Sequence[Example], control: Asked) -> list[Question]:
     """What is asked about each example, in their order: with its own image where it is "true".
 
     Raises:
@@ -45,7 +45,7 @@ def questions(examples: Sequence[Example], control: AskedControl | Literal["true
     return [Question(e, e.image, change=control) for e in examples]
 
 
-def constant_answers(examples: Sequence[Example], control: ConstantControl) -> list[Prediction]:
+def constant_answers(examples: Sequence[Example], control: Constant) -> list[Prediction]:
     """The same fractions of every image."""
     low, high = {"whole": (0.0, 1.0), "centre": (0.25, 0.75)}[control]
     found = []

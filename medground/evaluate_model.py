@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from medground import eval_folder
 from medground.build import build_whole
-from medground.controls import ASKED, CONSTANT, agreement, best_of, constant_answers, questions
+from medground.controls import ASKED, CONSTANT, Asked, agreement, best_of, constant_answers, questions
 from medground.datasets.folders import folders_hash, load_folders
 from medground.datasets.manifest import select
 from medground.eval_config import EvalConfig
@@ -157,7 +157,8 @@ class _Share:
 def _shares(config: EvalConfig, job: _Job) -> list[_Share]:
     """All pieces, in the same order on every rank."""
     shares = []
-    for name in ("true", *(control for control in ASKED if control in config.controls)):
+    names: list[Asked] = ["true", *(control for control in ASKED if control in config.controls)]
+    for name in names:
         asked = questions(job.examples, name)
         shares += [
             _Share(Piece(name, start // config.piece), asked[start : start + config.piece])
