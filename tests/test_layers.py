@@ -30,6 +30,8 @@ KERNELS_MAY_IMPORT = {"torch", "triton", "medground_kernels", *sys.stdlib_module
 EXCEPTIONS = {
     ("report", "medground.datasets.images"): "the page shows films as the model's loader reads them",
     ("report", "medground.datasets.folders"): "and finds them where it does",
+    ("report", "medground.datasets.inventory"): "and says which ones they are",
+    ("report", "medground.weight_files"): "controls that were asked later are shown where they are of the run's export",
     ("policy", "medground.lora"): "a policy may have adapters; lora is a leaf: torch, peft and names of weights",
     ("sharding", "medground.lora"): "what decodes has adapters merged",
     ("sharding", "medground.job.store"): "where ranks meet; a leaf",
