@@ -9,11 +9,11 @@ from medground.report.run_files import Row, RunFiles
 COLUMNS = {
     "before": ("Before", "step 0", 1),
     "after": ("After", "last step", 0),
-    "before_shuffled": ("Before, shuffled", "another patient's image", 3),
-    "after_shuffled": ("After, shuffled", "another patient's image", 3),
+    "before_shuffled": ("Before, shuffled", "another's image", 3),
+    "after_shuffled": ("After, shuffled", "another's image", 3),
     "after_blank": ("After, blank", "a grey image", 3),
     "after_flipped": ("After, mirrored", "and mirrored back", 2),
-    "blind": ("Blind baseline", "best constant per phrase", 5),
+    "blind": ("Blind baseline", "best constant box", 5),
     "whole": ("Whole image", "no model", 5),
     "centre": ("Its middle", "no model", 5),
 }  # heading, explanation, color
@@ -59,7 +59,8 @@ def headline_table(run: RunFiles) -> str:
     head = "".join(f'<th scope="col">{COLUMNS[c][0]}<small>{COLUMNS[c][1]}</small></th>' for c in columns)
     top = "".join(_metric_row(run, name, *text, columns) for name, text in HEADLINE.items())
     more = "".join(_metric_row(run, name, *text, columns) for name, text in FURTHER.items())
-    start = f'<table class="metrics"><thead><tr><th scope="col">Test records</th>{head}</tr></thead><tbody>'
+    many = " many" if len(columns) > 6 else ""
+    start = f'<table class="metrics{many}"><thead><tr><th scope="col">Test records</th>{head}</tr></thead><tbody>'
     return (
         f'<div class="scroll">{start}{top}</tbody></table></div>'
         f'<details><summary>More metrics</summary><div class="scroll">{start}{more}</tbody></table></div></details>'
