@@ -81,11 +81,11 @@ class Browser:
             assert time.monotonic() < deadline
             self._receive()
 
-    def see(self, width: int, height: int, *, phone: bool = False, **media: str) -> None:
-        """Be a screen of so many pixels; `media` as in CSS: prefers_color_scheme="dark"."""
+    def see(self, width: int, height: int, *, phone: bool = False, paper: bool = False, **media: str) -> None:
+        """Be a screen, or paper, of so many pixels; `media` as in CSS: prefers_color_scheme="dark"."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone)
         features = [{"name": name.replace("_", "-"), "value": value} for name, value in media.items()]
-        self.call("Emulation.setEmulatedMedia", features=features)
+        self.call("Emulation.setEmulatedMedia", media="print" if paper else "", features=features)
 
     def run(self, script: str) -> Any:
         """The value of an expression."""

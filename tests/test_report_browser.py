@@ -1,11 +1,12 @@
 """The page in a browser: filters, order, opened films, narrow screens; nothing complains and nothing is fetched."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from browser import CHROMIUM, Browser
-from made_up_run import HOSTILE, finish_run, start_run
+from made_up_run import HOSTILE, evaluation, finish_run, start_run
 
 from medground.report.page import write_report
 
@@ -19,6 +20,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("page")
     run, data = start_run(folder)
     finish_run(run)
+    scores = {name: evaluation(0, 0.2) for name in ("blind", "whole", "centre")}
+    (run / "eval/baselines.json").write_text(json.dumps(scores))
     write_report(run, [str(data)], run / "report.html")
     return run / "report.html"
 
@@ -106,3 +109,10 @@ def test_a_narrow_screen(browser: Browser, scheme: str):
     ground = browser.run("getComputedStyle(document.body).backgroundColor")
     light = sum(map(int, ground.removeprefix("rgb(").removesuffix(")").split(","))) > 3 * 128
     assert light == (scheme == "light")
+
+
+def test_on_paper_nothing_is_cut(browser: Browser):
+    browser.see(718, 1000, paper=True)  # A4 less its margins
+    beyond = "Array.from(document.querySelectorAll('main *')).filter(e => e.getBoundingClientRect().right > 719)"
+    assert browser.run(f"{beyond}.length") == 0
+    assert displayed(browser, ".controls select") == 0

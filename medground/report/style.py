@@ -164,7 +164,7 @@ footer { margin-top: 40px; font-size: 12.5px; color: var(--muted); }
   .scroll { overflow: visible; }
   .metrics th, .metrics td { min-width: 0; padding: 6px 4px; font-size: 11px; }
   .metrics small, .many tbody th { font-size: 9.5px; min-width: 0; }
-  .pair { grid-template-columns: minmax(0, 1fr); }
+  .pair { grid-template-columns: minmax(0, 1fr); } .pair .chart { max-width: 390px; }
   .charts { grid-template-columns: 1fr 1fr; }
   .gallery { grid-template-columns: repeat(4, 1fr); }
   .chart, .film, .tile, tr { break-inside: avoid; }
