@@ -10,6 +10,7 @@ bits depend on nothing but the piece: not on the number of ranks, nor on where a
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
@@ -30,7 +31,7 @@ from medground.eval_table import table
 from medground.evaluate import predictions_of
 from medground.job.memory import memory_explained
 from medground.job.watch import watch
-from medground.loading import Loader, PromptMaker, Question
+from medground.loading import AHEAD, Loader, PromptMaker, Question, check_shared_memory
 from medground.policy import check_model
 from medground.preflight import longest_prompt, model_folder_of, with_swapped_sides
 from medground.prompts import Processor, load_processor
@@ -128,10 +129,12 @@ def _check(config: EvalConfig, ranks: Ranks) -> _Job:
         )
     dtype = compute_dtype(ranks, config.precision)
     limits = Limits(P, config.max_new_tokens, MAX_ROWS, config.cache_gb * 1e9, PREFILL_TOKENS)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
     try:
         plan_cache(text, dtype, limits, prompts=1, copies=1)
-    except ValueError as error:
-        raise ValueError(f"{str(error).replace('rollout.', '')}; {told}") from None
+        check_shared_memory(config.workers, 0, P, here)
+    except ValueError as error:  # whose options are a run's
+        raise ValueError(f"{str(error).replace('rollout.', '').replace('data.', '')}; {told}") from None
     asked = {name: value for name, value in asdict(config).items() if name not in _NO_RESULT}
     asked |= {"dtype": str(dtype).removeprefix("torch."), "device": ranks.device.type}
     asked |= {"model_sha256": weights_hash(folder), "data_sha256": folders_hash(config.data)}
@@ -181,7 +184,7 @@ def _answer(config: EvalConfig, job: _Job, ranks: Ranks) -> None:
         make = PromptMaker(config.data, job.processor, config.template)
         with (
             closing(Part(job.out, ranks.rank)) as part,
-            closing(Loader(make, workers=config.workers, ahead=8)) as loader,
+            closing(Loader(make, workers=config.workers, ahead=AHEAD)) as loader,
             tqdm(total=count * config.samples, desc="eval", disable=not ranks.is_first) as bar,
         ):
             ranks.together(lambda: _ask(config, job, left[ranks.rank :: ranks.size], engine, loader, part, ranks, bar))

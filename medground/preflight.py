@@ -1,5 +1,6 @@
 """Everything that can be known before the first step: data, model, memory of the cache, ranks; each mistake by name."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import zip_longest
@@ -17,6 +18,7 @@ from medground.config import Config, differing_fields
 from medground.data_order import DataOrder
 from medground.datasets.folders import folders_hash, load_folders
 from medground.datasets.manifest import select
+from medground.loading import check_shared_memory
 from medground.lora import need_peft
 from medground.policy import check_model
 from medground.prompts import Processor, load_processor, prompt_tokens
@@ -84,6 +86,8 @@ def check_job(config: Config, ranks: Ranks) -> Checked:
         if config.data.augment.flip:
             examples += with_swapped_sides(splits.train)
         limits = limits_of(config, examples, processor, model_folder, compute_dtype(ranks, config.model.precision))
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
+        check_shared_memory(config.data.workers, B // ranks.size, limits.longest_prompt, here)
         return Checked(splits, order, data_hash, model_folder, processor, limits)
 
     return ranks.together(check)

@@ -32,7 +32,7 @@ from medground.export import export_policy
 from medground.job.interruption import InterruptedRun, Interruption
 from medground.job.memory import memory_explained
 from medground.job.watch import watch
-from medground.loading import Loader, PromptMaker, prompts_of_steps
+from medground.loading import AHEAD, Loader, PromptMaker, prompts_of_steps
 from medground.micro_batches import Load, deal
 from medground.packing import Packed, pack
 from medground.policy import Policy
@@ -77,7 +77,7 @@ def train(config: Config) -> None:
             closing(held) if held else nullcontext() as run,
             closing(checkpoints),
             closing(Loader(make, workers=workers, ahead=mine)) as training,
-            closing(Loader(make, workers=workers, ahead=8)) as loader,
+            closing(Loader(make, workers=workers, ahead=AHEAD)) as loader,
         ):
             ranks.progress.now("load")
             policy = build_policy(model_folder, config, ranks)
