@@ -102,13 +102,7 @@ class _Job(NamedTuple):
 
 def _check(config: EvalConfig, ranks: Ranks) -> _Job:
     """Everything that can be known before the first answer."""
-    adapter = Path(config.model) / "adapter_config.json"
-    if adapter.is_file() and not (Path(config.model) / "config.json").is_file():
-        raise ValueError(
-            f"model: want a whole model; {config.model} holds adapters alone ({adapter.name}). An export of medground "
-            "train has them merged: the folder above"
-        )
-    folder = model_folder_of(config.model)
+    folder = _model_folder(config.model)
     text = check_model(folder).text_config
     stored_weights(folder)
     names = ", ".join(config.data)
@@ -140,6 +134,22 @@ def _check(config: EvalConfig, ranks: Ranks) -> _Job:
     asked |= {"model_sha256": weights_hash(folder), "data_sha256": folders_hash(config.data)}
     asked = json.loads(json.dumps(asked))
     return _Job(folder, examples, blind, processor, limits, asked, Path(config.out or _named(config, asked)))
+
+
+def _model_folder(path: str) -> Path:
+    """The model's folder on this machine; what is likely to be meant where it is another one."""
+    folder = Path(path)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"model: want a whole model; {path} holds adapters alone. An export of medground train has them merged: "
+            "the folder above"
+        )
+    if (folder / "metrics.jsonl").is_file():
+        raise ValueError(f"model: want a model folder; {path} is one of a run, whose model is {folder / 'export'}")
+    try:
+        return model_folder_of(path)
+    except ValueError as error:
+        raise ValueError(str(error).replace("model.path", "model")) from None
 
 
 def _named(config: EvalConfig, asked: Mapping[str, Any]) -> str:

@@ -162,6 +162,8 @@ def test_a_damaged_part_is_named(asked: EvalConfig, straight: Path, tmp_path: Pa
 
 def test_mistakes_are_named(asked: EvalConfig, tmp_path: Path):
     (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").touch()
     one_patient = tmp_path / "one"
     shutil.copytree(asked.data[0], one_patient)
     lines = [json.loads(line) for line in (one_patient / "records.jsonl").read_text().splitlines()]
@@ -170,6 +172,8 @@ def test_mistakes_are_named(asked: EvalConfig, tmp_path: Path):
     (one_patient / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in few))
     for changes, wanted in (
         ({"model": str(tmp_path)}, "holds adapters alone"),
+        ({"model": str(tmp_path / "run")}, "is one of a run, whose model is .*run/export"),
+        ({"model": str(tmp_path / "nowhere")}, "^model: want a model folder or a name on the hub"),
         ({"data": (str(one_patient),), "controls": ("shuffled",)}, "two patients"),
         ({"data": (str(one_patient),), "controls": ("blind",)}, "want records of split 'train'"),
         ({"data": (str(one_patient),), "split": "val"}, "want records of split 'val'"),

@@ -10,7 +10,8 @@ import pytest
 from made_up_run import HOSTILE, estimate, evaluation, finish_run, prediction, start_run, write_evaluation, write_lines
 from PIL import Image
 
-from medground.report import gallery, run_files
+from medground import weight_files
+from medground.report import gallery
 from medground.report.page import write_report
 from medground.report.run_files import read_run
 
@@ -209,12 +210,15 @@ def test_controls_are_columns_where_a_run_has_them(finished, monkeypatch):
     (data / "records.jsonl").write_text("{}\n")
     environment = json.loads((run / "environment.json").read_text()) | {"data_sha256": "d" * 64}
     (run / "environment.json").write_text(json.dumps(environment))
-    monkeypatch.setattr(run_files, "weights_hash", lambda folder: f"of {folder.name}")
+    monkeypatch.setattr(weight_files, "weights_hash", lambda folder: f"of {folder.name}")
     asked = {"blank": evaluation(0, 0.17), "flipped": evaluation(0, 0.53) | {"agreement": estimate(0.77)}}
     options = {"split": "test", "data_sha256": "d" * 64, "model_sha256": "of export", "samples": 1, "temperature": 0.0}
     (run / "eval/later").mkdir()
     later = run / "eval/later/eval.json"
     later.write_text(json.dumps({"options": options, "evaluations": asked}))
+    assert "After, blank" not in report(run, data), "there is no export to compare with"
+    (run / "export").mkdir()
+    (run / "export/config.json").write_text("{}")
     html = report(run, data)
     assert "After, blank" in html and "After, mirrored" in html and "IoU of 0.770 (0.670\u20130.870)" in html
     for name, other in (

@@ -9,7 +9,6 @@ from typing import Any
 
 from medground.config import Config, load_config
 from medground.records import Box
-from medground.weight_files import weights_hash
 
 Row = dict[str, Any]
 
@@ -119,13 +118,19 @@ def _baselines(run: Path) -> dict[str, Row]:
 def _asked_later(run: Path) -> dict[str, Row]:
     """Controls of the run's export, asked greedily about its own test records (docs/evaluating.md)."""
     found: dict[str, Row] = {}
-    for path in sorted((run / "eval").glob("*/eval.json")):
-        result, config = _json(path), load_config(run / "config.json")
-        options, data = result["options"], _json(run / "environment.json").get("data_sha256")
-        greedy = options["samples"] == 1 and options["temperature"] == 0
-        same = (options["split"], options["data_sha256"]) == (config.data.test_split, data)
-        if greedy and same and options["model_sha256"] == weights_hash(run / "export"):
-            asked = result["evaluations"]
+    paths = sorted((run / "eval").glob("*/eval.json")) if (run / "export" / "config.json").is_file() else []
+    for path in paths:
+        from medground.weight_files import weights_hash  # and torch, which a page seldom needs
+
+        options, asked = (_json(path).get(part, {}) for part in ("options", "evaluations"))
+        wanted = {
+            "split": load_config(run / "config.json").data.test_split,
+            "data_sha256": _json(run / "environment.json").get("data_sha256"),
+            "model_sha256": weights_hash(run / "export"),
+            "samples": 1,
+            "temperature": 0,
+        }
+        if all(options.get(name) == value for name, value in wanted.items()):
             found |= {f"after_{name}": asked[name] for name in ("blank", "flipped") if name in asked}
             found |= {name: asked[name] for name in ("blind", "whole", "centre") if name in asked}
     return found
