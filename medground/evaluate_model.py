@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -159,8 +159,7 @@ def _named(config: EvalConfig, asked: Mapping[str, Any]) -> str:
     return f"runs/eval/{model}-{config.split}-{digest}"
 
 
-@dataclass(frozen=True)
-class _Share:
+class _Share(NamedTuple):
     """A piece and what is asked in it."""
 
     piece: Piece

@@ -114,11 +114,16 @@ def test_a_stopped_evaluation_goes_on_to_the_same_bytes(straight: Path, asked: E
 
 
 def test_several_samples(asked: EvalConfig, tmp_path: Path):
-    config = replace(asked, controls=(), samples=3, temperature=1.0, out=str(tmp_path / "out"))
+    config = replace(asked, split="val", controls=(), samples=3, temperature=1.0, out=str(tmp_path / "out"))
     evaluate_model(config)
+    for seed in (0, 1):
+        evaluate_model(replace(config, seed=seed, piece=64, out=str(tmp_path / f"{seed}")))
+    same, other = ([row["completion"] for row in rows(tmp_path / name / "predictions.jsonl")] for name in ("0", "1"))
+    assert same != other
     found = rows(tmp_path / "out" / "predictions.jsonl")
     assert [row["sample"] for row in found] == [0, 1, 2] * (len(found) // 3)
     assert len({row["completion"] for row in found[:3]}) > 1
+    assert [row["completion"] for row in found] == same, "whatever the pieces"
     scores = json.loads((tmp_path / "out" / "eval.json").read_text())["evaluations"]["true"]
     best = [max(row["iou"] for row in found[i : i + 3]) for i in range(0, len(found), 3) if found[i]["truth"]]
     assert scores["best_of_k"]["miou"]["value"] == pytest.approx(sum(best) / len(best))
