@@ -30,6 +30,7 @@ commands:
   train PRESET    train; under torchrun: torchrun --nproc-per-node N -m medground.train PRESET
   train --config FILE   train with the configuration of an earlier run
   plan PRESET           memory and time of a run on N GPUs, before anybody rents them
+  eval            ask a model about a data set: metrics with intervals, controls; under torchrun: -m medground eval
   report RUN DATA...    write the page of a run again
 
 medground COMMAND --help lists the options of a command."""
@@ -214,6 +215,7 @@ _VERBS = {  # name -> module of its options, their class, module of its function
     "base": ("base_config", "BaseConfig", "base_model", "build_base"),
     "prompt": ("show_prompt", "ShowPromptConfig", "", "show_prompt"),
     "encoders build": ("encoder_tools", "BuildConfig", "", "build_encoder"),
+    "eval": ("eval_config", "EvalConfig", "evaluate_model", "evaluate_model"),
     "demo": ("demo", "DemoConfig", "", "run_demo"),
 }
 _COMMANDS: dict[str, Callable[[list[str]], int | None]] = {

@@ -19,12 +19,13 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from medground.augmentation import augment
+from medground.augmentation import augment, mirrored, swap_sides
 from medground.config import AugmentConfig, Config
 from medground.data_order import DataOrder
 from medground.datasets.folders import image_path
@@ -35,6 +36,11 @@ from medground.records import Example, Prompt
 
 if TYPE_CHECKING:
     from medground.sharding import Ranks  # a worker need not import it
+
+Change = Literal["", "blank", "flipped"]
+
+GREY = (128, 128, 128)
+"""Of a blank image."""
 
 AHEAD = 8
 """Prompts made ahead of an evaluation."""
@@ -55,11 +61,14 @@ class Question:
         example: the record.
         image: to show in place of its own one; "" for its own.
         position: in the training order, for what is trained on; -1 for what is not, and never augmented.
+        change: of the image, for a control (controls.py); "flipped" is mirrored, with the phrase's sides swapped where
+            that is safe, "blank" grey all over, "" as it is.
     """
 
     example: Example
     image: str = ""
     position: int = -1
+    change: Change = ""
 
 
 @dataclass(frozen=True)
@@ -87,12 +96,18 @@ class PromptMaker:
             ValueError: the image cannot be read; names the record and the file.
         """
         example = question.example
+        if question.change == "blank":
+            return make_prompt(
+                example, Image.new("RGB", (example.width, example.height), GREY), self.processor, self.template
+            )
         try:
             image = read_image(image_path(self.folders, question.image or example.image))
         except ValueError as error:
             raise ValueError(f"record {example.id}: {error}") from None
         if question.position >= 0 and self.augment != AugmentConfig():
             example, image = augment(example, image, self.augment, self.seed, question.position)
+        if question.change == "flipped":
+            example, image = mirrored(example, image, swap_sides(example.phrase) or example.phrase)
         return make_prompt(example, image, self.processor, self.template)
 
 

@@ -40,7 +40,8 @@ class Prediction:
     """One record and what the model answered: a line of `eval/*.predictions.jsonl` (docs/run_folder.md).
 
     Boxes are original. `boxes` is None when the completion has no readable answer and () for "nothing found";
-    `logp` is summed over the completion, in nats.
+    `logp` is summed over the completion, in nats; `thought_boxes` are those named while thinking; `sample` is the
+    number of the completion where a record has several, else None.
     """
 
     id: str
@@ -54,6 +55,8 @@ class Prediction:
     boxes: tuple[Box, ...] | None
     completion: str
     logp: float
+    thought_boxes: tuple[Box, ...] = ()
+    sample: int | None = None
 
     @cached_property
     def iou(self) -> float:
@@ -61,8 +64,13 @@ class Prediction:
         return set_iou(self.boxes, self.truth)
 
     def row(self) -> dict[str, Any]:
-        """The JSON object of the line, `iou` included."""
-        return asdict(self) | {"iou": self.iou}
+        """The JSON object of the line, `iou` included, `thought_boxes` and `sample` where there are any."""
+        row = asdict(self) | {"iou": self.iou}
+        if not self.thought_boxes:
+            del row["thought_boxes"]
+        if self.sample is None:
+            del row["sample"]
+        return row
 
 
 def score(predictions: Sequence[Prediction], resamples: int = 10_000, seed: int = 0) -> dict[str, Any]:

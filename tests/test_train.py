@@ -54,6 +54,7 @@ def straight(tiny_job, tmp_path_factory) -> Path:
 def test_a_run_leaves_what_it_should(straight: Path):
     names = {str(path.relative_to(straight)) for path in straight.rglob("*") if path.is_file()}
     want = {"config.json", "environment.json", "metrics.jsonl", "summary.json", "report.html", "export/config.json"}
+    want |= {"eval/baselines.json"}
     want |= {f"eval/step-{step:06d}{kind}" for step in (0, 5) for kind in (".json", ".shuffled.json", ".curve.json")}
     want |= {f"eval/step-{step:06d}{kind}.predictions.jsonl" for step in (0, 5) for kind in ("", ".shuffled", ".curve")}
     want |= {f"samples/step-{step:06d}.jsonl" for step in range(1, 6)}
