@@ -30,6 +30,7 @@ commands:
   train PRESET    train; under torchrun: torchrun --nproc-per-node N -m medground.train PRESET
   train --config FILE   train with the configuration of an earlier run
   plan PRESET           memory and time of a run on N GPUs, before anybody rents them
+  predict IMAGE PHRASE...   where on an image a trained model finds phrases
   report RUN DATA...    write the page of a run again
 
 medground COMMAND --help lists the options of a command."""
@@ -215,6 +216,7 @@ _VERBS = {  # name -> module of its options, their class, module of its function
     "prompt": ("show_prompt", "ShowPromptConfig", "", "show_prompt"),
     "encoders build": ("encoder_tools", "BuildConfig", "", "build_encoder"),
     "demo": ("demo", "DemoConfig", "", "run_demo"),
+    "predict": ("predict_config", "PredictConfig", "predict", "run_predict"),
 }
 _COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     **{name: _plain(name) for name in _VERBS},

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from transformers import Qwen2_5_VLConfig
 
 from medground.adamw import set_learning_rate
+from medground.asking import asking_of
 from medground.augmentation import never_mirrored
 from medground.build import Score, build_optimizer, build_policy, build_reference
 from medground.checkpoint import Checkpoints
@@ -102,7 +103,8 @@ def train(config: Config) -> None:
             if not _steps(asker, batches, reference, optimizer, splits, run, checkpoints, done, facts):
                 return
             ranks.progress.now("export")
-            export_policy(Path(config.out) / "export", policy, model_folder, ranks, config.model.path)
+            asking = asking_of(config, policy.vlm.config.model_type)
+            export_policy(Path(config.out) / "export", policy, model_folder, ranks, config.model.path, asking)
             if run:
                 seconds = time.perf_counter() - started
                 run.write_json("summary.json", summarise(config, splits, run, described, seconds))

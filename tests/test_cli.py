@@ -18,7 +18,8 @@ from medground.presets import PRESETS
     [["--help"], ["train", "--help"], ["train", "demo", "--help"], ["data", "phantom", "--help"], ["base", "--help"]]
     + [["demo", "--help"], ["report", "--help"], ["data", "prepare", "ms-cxr", "--help"]]
     + [["plan", "--help"], ["plan", "demo", "--help"]]
-    + [["data", "audit", "--help"], ["prompt", "--help"], ["encoders", "check", "--help"]],
+    + [["data", "audit", "--help"], ["prompt", "--help"], ["encoders", "check", "--help"]]
+    + [["predict", "--help"]],
 )
 def test_help_needs_no_torch(words: list[str]):
     # torch takes seconds to import; help must come at once
@@ -138,7 +139,18 @@ def test_verbs_hand_over_their_options(monkeypatch, tmp_path: Path):
     assert main(["demo", "--films", "700"]) == 0
     assert main(["train", "demo", "--steps", "9"]) == 0
     assert (seen[0].steps, seen[1].films, seen[2].steps) == (3, 700, 9)
-    verbs = {"demo", "data phantom", "data prepare", "data audit", "base", "prompt", "train", "plan", "report"}
+    verbs = {
+        "demo",
+        "data phantom",
+        "data prepare",
+        "data audit",
+        "base",
+        "prompt",
+        "train",
+        "plan",
+        "report",
+        "predict",
+    }
     assert set(cli._COMMANDS) == verbs | {"encoders check", "encoders build"}
 
 
