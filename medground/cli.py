@@ -32,6 +32,7 @@ commands:
   plan PRESET           memory and time of a run on N GPUs, before anybody rents them
   predict IMAGE PHRASE...   where on an image a trained model finds phrases
   report RUN DATA...    write the page of a run again
+  watch RUN             serve that page to browsers on this machine while the run goes on
 
 medground COMMAND --help lists the options of a command."""
 
@@ -216,6 +217,7 @@ _VERBS = {  # name -> module of its options, their class, module of its function
     "prompt": ("show_prompt", "ShowPromptConfig", "", "show_prompt"),
     "encoders build": ("encoder_tools", "BuildConfig", "", "build_encoder"),
     "demo": ("demo", "DemoConfig", "", "run_demo"),
+    "watch": ("report.live", "WatchConfig", "", "run_watch"),
     "predict": ("predict_config", "PredictConfig", "predict", "run_predict"),
 }
 _COMMANDS: dict[str, Callable[[list[str]], int | None]] = {

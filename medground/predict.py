@@ -26,7 +26,7 @@ from medground.evaluate import read_answer
 from medground.overlay import draw_overlay
 from medground.policy import check_model, empty_policy
 from medground.predict_config import PredictConfig
-from medground.prompts import Processor, load_processor, make_prompt
+from medground.prompts import Processor, check_phrase, load_processor, make_prompt
 from medground.records import Box, Example, Group, Prompt
 from medground.rollout.cache import Sampling
 from medground.rollout.engine import Engine, Limits
@@ -135,20 +135,28 @@ class Grounder:
         """
         phrases = [phrase] if isinstance(phrase, str) else list(phrase)
         _check_phrases(phrases)
-        name, picture = _read(image, slice_index, window)
-        prompts = [self._prompt(f"{name}, phrase {n}", picture, phrase) for n, phrase in enumerate(phrases, 1)]
-        longest = max(len(prompt.input_ids) for prompt in prompts)
-        found = self._engine_for(longest).roll_out(prompts, count=len(prompts), copies=1, sampling=Sampling(0.0))
-        groups = sorted(found, key=lambda pair: pair[0])
+        return self.locate_in(*_read(image, slice_index, window), phrases)
+
+    def locate_in(self, name: str, picture: Image.Image, phrases: Sequence[str]) -> list[Location]:
+        """The same of a picture, RGB, that has been read, and that errors call by a name."""
+        names = [f"{name}, phrase {number}" for number in range(1, len(phrases) + 1)]
+        try:
+            prompts = [self._prompt(*pair, picture) for pair in zip(names, phrases, strict=True)]
+            longest = max(len(prompt.input_ids) for prompt in prompts)
+            found = self._engine_for(longest).roll_out(prompts, count=len(prompts), copies=1, sampling=Sampling(0.0))
+            groups = sorted(found, key=lambda pair: pair[0])
+        except ValueError as error:  # which says record, as of a data set
+            raise ValueError(str(error).removeprefix("record ")) from None
         return [_location(group) for _, group in groups]
 
-    def _prompt(self, name: str, picture: Image.Image, phrase: str) -> Prompt:
+    def _prompt(self, name: str, phrase: str, picture: Image.Image) -> Prompt:
         width, height = picture.size
         example = Example(name, "", width, height, phrase, (), "", "", "", "", "")
+        check_phrase(example, self.processor)
         try:
             return make_prompt(example, picture, self.processor, self.asking.template)
-        except ValueError as error:  # a shape that the processor refuses; a special token, which names the phrase
-            raise ValueError(f"{name}: {str(error).removeprefix(f'record {name}: ')}") from None
+        except ValueError as error:  # a shape that the processor refuses
+            raise ValueError(f"{name}: {error}") from None
 
     def _engine_for(self, longest: int) -> Engine:
         if self._engine is None or self._engine.limits.longest_prompt < longest:
@@ -179,7 +187,7 @@ def run_predict(config: PredictConfig) -> None:
     name, picture = _read(config.image, config.slice, config.window)  # before seconds of loading
     names = ("template", "min_pixels", "max_pixels", "max_new_tokens")
     grounder = Grounder.load(config.model, **{name: getattr(config, name) for name in names})
-    locations = grounder.locate(picture, config.phrases)
+    locations = grounder.locate_in(name, picture, config.phrases)
     if config.out:
         draw_overlay(picture, [(location.phrase, location.boxes, _words(location)) for location in locations]).save(
             config.out

@@ -28,6 +28,7 @@ from medground.build import Score, build_optimizer, build_policy, build_referenc
 from medground.checkpoint import Checkpoints
 from medground.config import Config
 from medground.costs import network_of, peak_of, sizes_of, step_operations
+from medground.datasets.folders import manifest_hashes
 from medground.evaluate import Asker, read_answer
 from medground.export import export_policy
 from medground.job.interruption import InterruptedRun, Interruption
@@ -35,9 +36,11 @@ from medground.job.memory import memory_explained
 from medground.job.watch import watch
 from medground.loading import Loader, PromptMaker, prompts_of_steps
 from medground.micro_batches import Load, deal
+from medground.model_card import write_cards
 from medground.packing import Packed, pack
 from medground.policy import Policy
 from medground.preflight import check_job
+from medground.prompts import question_text
 from medground.records import Group, Prompt
 from medground.report.page import write_report
 from medground.rewards.total import Scorer, group_means
@@ -95,6 +98,8 @@ def train(config: Config) -> None:
 
             done, facts = checkpoints.load(policy, optimizer) if config.resume else (0, {})
             described = environment(ranks.size, config.seed, data_hash, config.model.path)
+            described["records"] = {name: len(part) for name, part in splits._asdict().items()}
+            described["manifests_sha256"] = manifest_hashes(config.data.path)
             if config.data.augment.flip:
                 described["records_never_mirrored"] = never_mirrored(splits.train)
             if run:
@@ -108,6 +113,7 @@ def train(config: Config) -> None:
             if run:
                 seconds = time.perf_counter() - started
                 run.write_json("summary.json", summarise(config, splits, run, described, seconds))
+                write_cards(run.path, model_folder, question_text("{phrase}", config.prompt.template))
                 write_report(run.path, config.data.path, run.path / "report.html")
 
 
