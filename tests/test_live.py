@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -125,6 +126,8 @@ def test_damage_leaves_the_last_page_and_is_told(run):
         assert html.count("Older than the run's files") == 1 and "metrics.jsonl, line 2: not JSON" in html
         assert "0.568" in html and f'var version = "{page.version()}"' in html
         (folder / "metrics.jsonl").write_text('{"step": 1, "seconds": 1.0}\n{"step":: \n')
+    (folder / "metrics.jsonl").write_text("[]\n")
+    assert "cannot be shown: TypeError" in page.page().decode()
     write_lines(folder / "metrics.jsonl", [{"step": 1, "seconds": 1.0}])
     assert "Older than the run's files" not in page.page().decode()
 
@@ -188,6 +191,21 @@ def test_head_is_a_page_without_its_body(port):
     assert status == 200 and text == "" and int(headers["Content-Length"]) > 10_000
 
 
+def test_browsers_that_go_away_or_talk_nonsense_are_survived(port, capfd):
+    for said in (
+        b"",
+        b"\x16\x03\x01\x00\xff\r\n\r\n",
+        b"GET\r\n\r\n",
+        b"GET /" + b"a" * 70_000,
+        b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n",
+    ):
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # ends with a reset
+            connection.sendall(said)
+    assert ask(port)[0] == 200
+    assert capfd.readouterr().err == ""
+
+
 def test_mistakes_are_named(tmp_path, capsys, port):
     assert main(["watch", str(tmp_path / "none")]) == 2
     assert "none: want the folder of a run; there is none" in capsys.readouterr().err
@@ -198,7 +216,9 @@ def test_mistakes_are_named(tmp_path, capsys, port):
 
 
 def test_an_interrupted_watch_ends_quietly(tmp_path):
-    code = "import sys; from medground.cli import main; sys.exit(main(sys.argv[1:]))"
+    # as a terminal has it: programs that a shell starts in the background are deaf to it
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "from medground.cli import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "watch", str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         said = process.stdout.readline()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 import threading
 import time
 import webbrowser
@@ -18,7 +19,7 @@ from html import escape
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -83,11 +84,14 @@ class LivePage:
             data = self._data or load_config(self._run / "config.json").data.path
             page = render(self._run, data, script)
         except (ValueError, OSError) as error:  # half the files of a run that begins; a file that is damaged
-            return self._explained(escape(str(error)), version, script)
+            return self._explained(str(error), version, script)
+        except Exception as error:  # a file of another form must not end the service
+            return self._explained(f"{type(error).__name__}: {error}", version, script)
         self._good = page, version
         return page
 
     def _explained(self, problem: str, version: str, script: str) -> bytes:
+        problem = escape(problem)
         if not self._good:
             body = f'<h1>{escape(self._run.name)}</h1><p class="progress">Nothing to show yet: {problem}</p>'
             return document(self._run.name, body, script)
@@ -123,9 +127,18 @@ def serve(page: LivePage, port: int) -> ThreadingHTTPServer:
     """
     handler = type("Handler", (_Handler,), {"live": page})
     try:
-        return ThreadingHTTPServer(("127.0.0.1", port), handler)
+        return _Server(("127.0.0.1", port), handler)
     except OSError as error:
         raise ValueError(f"port: want one that is free; got {port}: {error.strerror}") from None
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True  # a browser that lingers does not keep the program
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that goes away is no error."""
+        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
