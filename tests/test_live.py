@@ -58,8 +58,8 @@ def test_the_page_follows_the_files(run):
         version = ask(port, "/version")[1]
         assert f'var version = "{version}"' in ask(port)[1]
         evaluation = folder / "eval" / "step-000004.json"
-        evaluation.write_text(evaluation.read_text().replace("0.5678", "0.8765"))
-        assert ask(port, "/version")[1] != version and "0.877" in ask(port)[1]
+        evaluation.write_text(evaluation.read_text().replace("0.5678", "0.8761"))
+        assert ask(port, "/version")[1] != version and "0.876" in ask(port)[1]
     assert not (folder / "report.html").exists()
 
 
