@@ -173,12 +173,12 @@ def _results(run: Path, summary: dict[str, Any]) -> str:
         n = after[name].get("n")
         rows.append((_METRICS.get(name, _code(name)), str(n), *cells))
     low, high = summary["miou_blind_baseline_interval"]
+    blind = _estimate({"value": summary["miou_blind_baseline"], "low": low, "high": high})
     return (
         "Greedy answers; 95 % intervals by bootstrap over patients. *Shuffled*: the trained model is shown another "
         "patient's image with each phrase; what it scores there, it scores without looking.\n\n"
         + _table(("", "n", "before", "after", "after, shuffled"), rows)
-        + f"\n\nThe best constant box for each phrase, which sees no image, has a mean IoU of "
-        f"{summary['miou_blind_baseline']:.3f} ({low:.3f} to {high:.3f})."
+        + f"\n\nThe best constant box for each phrase, which sees no image: mean IoU {blind}."
     )
 
 

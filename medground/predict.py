@@ -188,16 +188,18 @@ def run_predict(config: PredictConfig) -> None:
     names = ("template", "min_pixels", "max_pixels", "max_new_tokens")
     grounder = Grounder.load(config.model, **{name: getattr(config, name) for name in names})
     locations = grounder.locate_in(name, picture, config.phrases)
-    if config.out:
-        draw_overlay(picture, [(location.phrase, location.boxes, _words(location)) for location in locations]).save(
-            config.out
-        )
     volume = is_volume(Path(config.image))
     if config.json:
         print(json.dumps(_as_json(config, grounder, picture, locations, volume), indent=2))
     else:
         print("\n".join(_lines(name, picture, grounder, locations, volume)))
-        if config.out:
+    if config.out:
+        drawn = draw_overlay(picture, [(found.phrase, found.boxes, _words(found)) for found in locations])
+        try:
+            drawn.save(config.out)
+        except OSError as error:
+            raise ValueError(f"out: want a file that can be written; got {config.out!r}: {error.strerror}") from None
+        if not config.json:
             print(f"\ndrawn: {config.out}")
 
 

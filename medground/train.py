@@ -113,8 +113,8 @@ def train(config: Config) -> None:
             if run:
                 seconds = time.perf_counter() - started
                 run.write_json("summary.json", summarise(config, splits, run, described, seconds))
-                write_cards(run.path, model_folder, question_text("{phrase}", config.prompt.template))
                 write_report(run.path, config.data.path, run.path / "report.html")
+                write_cards(run.path, model_folder, question_text("{phrase}", config.prompt.template))
 
 
 def _steps(

@@ -81,7 +81,7 @@ def test_results_and_controls_are_there(cards):
     _, body = parts(card)
     for text in (
         "| mean IoU | 9 | 0.123 (0.023 to 0.223) | 0.568 (0.468 to 0.668) | 0.234 (0.134 to 0.335) |",
-        "| absent, and said so | 0 | none | none | none |", "mean IoU of 0.346 (0.311 to 0.378)",
+        "| absent, and said so | 0 | none | none | none |", "mean IoU 0.346 (0.311 to 0.378).",
         "ab" * 32, "cd" * 32, "| 345 |", "Not for diagnosis", "`loss.loss_type`", "vllm serve FOLDER",
         "medground predict IMAGE",
     ):  # fmt: skip
@@ -148,6 +148,15 @@ def test_a_configuration_may_tell_the_licence(tmp_path: Path):
     assert (found.license, found.name, found.shown) == ("mit", "", tmp_path.name)
     (tmp_path / "config.json").write_text("{}")
     assert base_of(str(tmp_path), tmp_path).license == "other"
+
+
+def test_a_run_without_a_true_box_has_a_card(tmp_path: Path):
+    run = finished(tmp_path)
+    summary = json.loads((run / "summary.json").read_text())
+    none = {"miou_blind_baseline": None, "miou_blind_baseline_interval": [None, None]}
+    (run / "summary.json").write_text(json.dumps(summary | none))
+    write_cards(run, base_card(tmp_path / "base", "license: mit"), "Find: {phrase}")
+    assert "which sees no image: mean IoU none." in (run / "export" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("template", TEMPLATES)

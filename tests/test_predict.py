@@ -231,6 +231,7 @@ def test_impossible_options_are_named(words, named, asked, capsys, monkeypatch):
         np.zeros((4, 4, 4), np.uint8),
         np.zeros((4, 4, 3), np.float32),
         np.zeros((0, 4)),
+        Image.new("L", (0, 4)),
         np.full((4, 4), np.nan),
         np.zeros(9),
         np.array([["a"]]),

@@ -59,7 +59,7 @@ def picture_of(image: Image.Image | NDArray[Any]) -> Image.Image:
     Raises:
         ValueError: of another shape or dtype, empty, or with numbers that are not finite.
     """
-    if isinstance(image, Image.Image):
+    if isinstance(image, Image.Image) and 0 not in image.size:
         pixels = np.asarray(image) if image.mode in _WIDE_MODES else None
     elif isinstance(image, np.ndarray) and image.size and image.dtype.kind in "uif":
         if image.dtype == np.uint8 and (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)):
@@ -80,7 +80,8 @@ def picture_of(image: Image.Image | NDArray[Any]) -> Image.Image:
 def _described(image: Any) -> str:
     if isinstance(image, np.ndarray):
         return f"{image.dtype} [{', '.join(map(str, image.shape))}]"
-    return type(image).__name__
+    size = f" {image.width} x {image.height}" if isinstance(image, Image.Image) else ""
+    return type(image).__name__ + size
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
