@@ -151,7 +151,7 @@ def test_verbs_hand_over_their_options(monkeypatch, tmp_path: Path):
         "report",
         "predict",
     }
-    assert set(cli._COMMANDS) == verbs | {"encoders check", "encoders build"}
+    assert set(cli._COMMANDS) == verbs | {"encoders check", "encoders build", "predict", "watch"}
 
 
 @pytest.mark.parametrize("source", cli._SOURCES)
