@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import sys
 import threading
 import time
@@ -29,7 +30,7 @@ from medground.report.style import LIVE_SCRIPT
 
 EVERY = 3.0  # seconds from one look at the files to the next, at least
 REST = 5.0  # and that many times what the last page took: on the machine that trains, pages are to be cheap
-HOSTS = ("localhost", "127.0.0.1")
+HOST = re.compile(r"(localhost|127\.0\.0\.1)(:\d+)?", re.ASCII | re.IGNORECASE)  # of any port: it may be a tunnel's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,8 +151,8 @@ class _Handler(BaseHTTPRequestHandler):
         if not super().parse_request():
             return False
         hosts = self.headers.get_all("Host") or []
-        if len(hosts) != 1 or hosts[0].rpartition(":")[0 if ":" in hosts[0] else 2].lower() not in HOSTS:
-            return self._refuse(HTTPStatus.FORBIDDEN, f"want Host {' or '.join(HOSTS)}")
+        if len(hosts) != 1 or not HOST.fullmatch(hosts[0]):
+            return self._refuse(HTTPStatus.FORBIDDEN, "want Host localhost or 127.0.0.1")
         if self.command not in ("GET", "HEAD"):
             return self._refuse(HTTPStatus.METHOD_NOT_ALLOWED, "want GET or HEAD")
         return True
