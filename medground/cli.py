@@ -31,7 +31,9 @@ commands:
   train --config FILE   train with the configuration of an earlier run
   plan PRESET           memory and time of a run on N GPUs, before anybody rents them
   eval            ask a model about a data set: metrics with intervals, controls; under torchrun: -m medground eval
+  predict IMAGE PHRASE...   where on an image a trained model finds phrases
   report RUN DATA...    write the page of a run again
+  watch RUN             serve that page to browsers on this machine while the run goes on
 
 medground COMMAND --help lists the options of a command."""
 
@@ -217,6 +219,8 @@ _VERBS = {  # name -> module of its options, their class, module of its function
     "encoders build": ("encoder_tools", "BuildConfig", "", "build_encoder"),
     "eval": ("eval_config", "EvalConfig", "evaluate_model", "evaluate_model"),
     "demo": ("demo", "DemoConfig", "", "run_demo"),
+    "watch": ("report.live", "WatchConfig", "", "run_watch"),
+    "predict": ("predict_config", "PredictConfig", "predict", "run_predict"),
 }
 _COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     **{name: _plain(name) for name in _VERBS},

@@ -172,6 +172,8 @@ def model_folder_of(path: str) -> Path:
     if Path(path).is_dir():
         return Path(path)
     try:
-        return Path(snapshot_download(path, allow_patterns=["*.json", "*.txt", "*.jinja", "*.safetensors"]))
+        # the card and the licence are for the card of what is trained
+        kinds = ["*.json", "*.txt", "*.jinja", "*.safetensors", "README.md", "LICENSE*"]
+        return Path(snapshot_download(path, allow_patterns=kinds))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise ValueError(f"model.path: want a model folder or a name on the hub; got {path!r}: {error}") from None

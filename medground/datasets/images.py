@@ -8,9 +8,10 @@ of the file; only volumes have a fixed orientation.
 
 import warnings
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from medground.datasets import dicom, volumes
@@ -46,6 +47,44 @@ def read_image(path: str | Path, slice_index: int | None = None, window: volumes
         return dicom.read_dicom(path)
     except Exception as error:  # decoders raise nearly anything on a damaged file
         raise _named(path, error) from error
+
+
+def picture_of(image: Image.Image | NDArray[Any]) -> Image.Image:
+    """What `read_image` makes of a file, of an image in memory.
+
+    Args:
+        image: PIL image; or [height, width], 8 bits or numbers of any range, which are mapped from the darkest to the
+            brightest; or [height, width, 3], 8 bits.
+
+    Returns:
+        PIL image of mode RGB.
+
+    Raises:
+        ValueError: of another shape or dtype, empty, or with numbers that are not finite.
+    """
+    if isinstance(image, Image.Image) and 0 not in image.size:
+        pixels = np.asarray(image) if image.mode in _WIDE_MODES else None
+    elif isinstance(image, np.ndarray) and image.size and image.dtype.kind in "uif":
+        if image.dtype == np.uint8 and (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)):
+            return Image.fromarray(image).convert("RGB")
+        pixels = image
+    else:
+        raise ValueError(f"image: want a PIL image or an array of numbers; got {_described(image)}")
+    if pixels is None:
+        return image.convert("RGB")  # type: ignore[union-attr]  # which only a PIL image comes to
+    if pixels.ndim != 2:
+        raise ValueError(f"image: want [height, width], or [height, width, 3] of 8 bits; got {_described(image)}")
+    pixels = pixels.astype(np.float64)
+    if not np.isfinite(pixels).all():
+        raise ValueError("image: want finite numbers; got NaN or infinity")
+    return as_grey(pixels, float(pixels.min()), float(pixels.max()))
+
+
+def _described(image: Any) -> str:
+    if isinstance(image, np.ndarray):
+        return f"{image.dtype} [{', '.join(map(str, image.shape))}]"
+    size = f" {image.width} x {image.height}" if isinstance(image, Image.Image) else ""
+    return type(image).__name__ + size
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
@@ -112,7 +151,4 @@ def _read_picture(file: BinaryIO) -> Image.Image:
         if image.mode not in _WIDE_MODES and ";16" in raw:  # PIL would cut these to their high bytes
             raise ValueError(f"want 8 bits a channel, or 16 bits and grey; got 16-bit {image.mode}")
         image.load()
-        if image.mode in _WIDE_MODES:
-            pixels = np.asarray(image).astype(np.float64)
-            return as_grey(pixels, float(pixels.min()), float(pixels.max()))
-        return image.convert("RGB")
+        return picture_of(image)

@@ -31,6 +31,17 @@ def write_report(run: Path, data: Sequence[str], out: Path) -> None:
     Raises:
         ValueError: config.json or environment.json is missing, a file is damaged, or an image cannot be read.
     """
+    Path(out).write_bytes(render(run, data))
+
+
+def render(run: Path, data: Sequence[str], script: str = "") -> bytes:
+    """The page's HTML, UTF-8; arguments and errors as of `write_report`.
+
+    Args:
+        run: its folder.
+        data: folders of its records.
+        script: of a page that is served, which asks its server for news; "" for a file, which asks nobody.
+    """
     files = read_run(Path(run))
     sections = [
         _header(files),
@@ -39,21 +50,24 @@ def write_report(run: Path, data: Sequence[str], out: Path) -> None:
         _section("films", "Test films", gallery(files, data)),
         _section("setup", "Setup", _setup(files, data)),
     ]
-    # a lone surrogate has no UTF-8 form; it is shown by its number
-    Path(out).write_bytes(_document(_title(files), "".join(sections)).encode("utf-8", "backslashreplace"))
+    return document(_title(files), "".join(sections), script)
 
 
-def _document(title: str, body: str) -> str:
-    return (
+def document(title: str, body: str, script: str = "") -> bytes:
+    """A page around `body`, UTF-8; with a script that asks its server, it may ask that one and no other."""
+    connect = " connect-src 'self';" if script else ""
+    text = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         # nothing is fetched, whatever a text of the data may say
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
+        f'<meta http-equiv="Content-Security-Policy" content="default-src \'none\';{connect} img-src data:; '
         "style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
         f"<title>{escape(title)} · MedGround</title><style>{STYLE}</style></head>"
         f"<body><main>{body}<footer>Made by <code>medground report</code></footer></main>"
-        f"<script>{SCRIPT}</script></body></html>\n"
+        f"<script>{SCRIPT}</script>{f'<script>{script}</script>' if script else ''}</body></html>\n"
     )
+    # a lone surrogate has no UTF-8 form; it is shown by its number
+    return text.encode("utf-8", "backslashreplace")
 
 
 def _title(run: RunFiles) -> str:

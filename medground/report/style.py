@@ -267,3 +267,57 @@ SCRIPT = """
   document.documentElement.dataset.ready = String(films.length);
 })();
 """
+
+LIVE_SCRIPT = """
+(function () {
+  "use strict";
+  // a page that is served asks for its version, and comes again, as it stood, when there is another
+  var version = "VERSION", key = "medground", title = document.title;
+
+  function fields() { return Array.from(document.querySelectorAll("main select, main input")); }
+  function folds() { return Array.from(document.querySelectorAll("main details")); }
+  function nameOf(field, at) { return field.name || field.dataset.layer || String(at); }
+  function valueOf(field) { return field.type === "checkbox" ? field.checked : field.value; }
+
+  function save() {
+    var state = { y: window.scrollY, open: folds().map(function (fold) { return fold.open; }), fields: {} };
+    fields().forEach(function (field, at) { state.fields[nameOf(field, at)] = valueOf(field); });
+    sessionStorage.setItem(key, JSON.stringify(state));
+  }
+
+  function restore() {
+    var state = JSON.parse(sessionStorage.getItem(key) || "null"), forms = new Set();
+    sessionStorage.removeItem(key);
+    if (!state) { return; }
+    folds().forEach(function (fold, at) { fold.open = Boolean(state.open[at]); });
+    fields().forEach(function (field, at) {
+      var value = state.fields[nameOf(field, at)];
+      if (value === undefined) { return; }
+      if (field.type === "checkbox") { field.checked = value; }
+      // a choice that is gone leaves the field as it is
+      else if (!field.options || Array.from(field.options).some(function (o) { return o.value === value; })) {
+        field.value = value;
+      }
+      if (field.form) { forms.add(field.form); }
+    });
+    forms.forEach(function (form) { form.dispatchEvent(new Event("change")); });
+    window.scrollTo(0, state.y);
+  }
+
+  function look() {
+    fetch("/version", { cache: "no-store" }).then(function (answer) {
+      if (!answer.ok) { throw new Error(String(answer.status)); }
+      return answer.text();
+    }).then(function (now) {
+      document.title = title;
+      // who reads a film's answers is not disturbed
+      if (now !== version && !document.querySelector("dialog[open]")) { save(); location.reload(); }
+    }).catch(function () { document.title = "(not served) " + title; });
+  }
+
+  if ("scrollRestoration" in history) { history.scrollRestoration = "manual"; }
+  restore();
+  document.documentElement.dataset.version = version;
+  setInterval(look, 3000);
+})();
+"""
