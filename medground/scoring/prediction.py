@@ -1,0 +1,53 @@
+"""One record and what a model answered; the side that a phrase names."""
+
+import re
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+from medground.records import Box
+from medground.set_iou import set_iou
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One record and what the model answered: a line of `eval/*.predictions.jsonl` (docs/run_folder.md).
+
+    Boxes are original. `boxes` is None when the completion has no readable answer and () for "nothing found";
+    `logp` is summed over the completion, in nats. `sample` counts the answers of a record that was asked several
+    times, from 0; None where it was asked once.
+    """
+
+    id: str
+    image: str
+    width: int
+    height: int
+    phrase: str
+    category: str
+    patient: str
+    truth: tuple[Box, ...]
+    boxes: tuple[Box, ...] | None
+    completion: str
+    logp: float
+    sample: int | None = None
+
+    @cached_property
+    def iou(self) -> float:
+        """`set_iou` of the answer and the truth."""
+        return set_iou(self.boxes, self.truth)
+
+    def row(self) -> dict[str, Any]:
+        """The JSON object of the line, `iou` included; `sample` only where there is one."""
+        row = asdict(self) | {"iou": self.iou}
+        if self.sample is None:
+            del row["sample"]
+        return row
+
+
+def side_word(phrase: str) -> str:
+    """'left' or 'right' when the phrase has one of the two words, else ''."""
+    found = {word for word in _WORDS.findall(phrase.lower()) if word in ("left", "right")}
+    return found.pop() if len(found) == 1 else ""
+
+
+_WORDS = re.compile(r"\w+")
