@@ -31,6 +31,8 @@ commands:
   train --config FILE   train with the configuration of an earlier run
   plan PRESET           memory and time of a run on N GPUs, before anybody rents them
   report RUN DATA...    write the page of a run again
+  score FILE      score predictions, wherever they were made; needs no model
+  compare A B     how two files of predictions differ, metric by metric, with paired intervals
 
 medground COMMAND --help lists the options of a command."""
 
@@ -215,6 +217,7 @@ _VERBS = {  # name -> module of its options, their class, module of its function
     "prompt": ("show_prompt", "ShowPromptConfig", "", "show_prompt"),
     "encoders build": ("encoder_tools", "BuildConfig", "", "build_encoder"),
     "demo": ("demo", "DemoConfig", "", "run_demo"),
+    "score": ("scoring.command", "ScoreConfig", "", "run_score"),
 }
 _COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     **{name: _plain(name) for name in _VERBS},
