@@ -218,6 +218,7 @@ _VERBS = {  # name -> module of its options, their class, module of its function
     "encoders build": ("encoder_tools", "BuildConfig", "", "build_encoder"),
     "demo": ("demo", "DemoConfig", "", "run_demo"),
     "score": ("scoring.command", "ScoreConfig", "", "run_score"),
+    "compare": ("scoring.compare", "CompareConfig", "", "run_compare"),
 }
 _COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     **{name: _plain(name) for name in _VERBS},

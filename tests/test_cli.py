@@ -19,7 +19,7 @@ from medground.presets import PRESETS
     + [["demo", "--help"], ["report", "--help"], ["data", "prepare", "ms-cxr", "--help"]]
     + [["plan", "--help"], ["plan", "demo", "--help"]]
     + [["data", "audit", "--help"], ["prompt", "--help"], ["encoders", "check", "--help"]]
-    + [["score", "--help"]],
+    + [["score", "--help"], ["compare", "--help"]],
 )
 def test_help_needs_no_torch(words: list[str]):
     # torch takes seconds to import; help must come at once

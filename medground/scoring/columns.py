@@ -16,6 +16,7 @@ Bools = NDArray[np.bool_]
 
 SIDES = ("none", "left", "right")
 """The side word of a phrase by its code: `none` where the phrase has neither word, or both."""
+_SIDE = {"": 0, "left": 1, "right": 2}
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Builder:
         self._ids: list[str] = []
         self._patients: dict[str, int] = {}  # name -> its number by first appearance
         self._categories: dict[str, int] = {}
-        self._codes = {name: array("q") for name in ("sample", "patient", "category", "side", "truth", "boxes")}
+        self._codes = array("q")  # of each answer: sample, patient, category, side, true and predicted boxes so far
         self._extent = array("d")
         self._readable = array("b")
         self._truth = array("d")
@@ -77,40 +78,44 @@ class Builder:
         truth: Sequence[Box], boxes: Sequence[Box] | None, sample: int | None = None,
     ) -> None:  # fmt: skip
         """Take an answer; arguments as the fields of `Prediction`, extent the image's width and height."""
-        codes = self._codes
         self._ids.append(name)
-        codes["sample"].append(-1 if sample is None else sample)
-        codes["patient"].append(self._patients.setdefault(patient, len(self._patients)))
-        codes["category"].append(self._categories.setdefault(category, len(self._categories)))
-        codes["side"].append(SIDES.index(side_word(phrase) or "none"))
         self._extent.extend(extent)
         self._readable.append(boxes is not None)
         for box in truth:
             self._truth.extend(box)
         for box in boxes or ():
             self._boxes.extend(box)
-        codes["truth"].append(len(self._truth) // 4)
-        codes["boxes"].append(len(self._boxes) // 4)
+        self._codes.extend(
+            (
+                -1 if sample is None else sample,
+                self._patients.setdefault(patient, len(self._patients)),
+                self._categories.setdefault(category, len(self._categories)),
+                _SIDE[side_word(phrase)],
+                len(self._truth) // 4,
+                len(self._boxes) // 4,
+            )
+        )
 
     def columns(self) -> Columns:
         """All that was taken; the builder is not to be used after."""
-        codes = {name: np.frombuffer(code, dtype=np.int64) for name, code in self._codes.items()}
-        patients, patient = _sorted(self._patients, codes["patient"])
-        categories, category = _sorted(self._categories, codes["category"])
+        codes = np.frombuffer(self._codes, dtype=np.int64).reshape(-1, 6)
+        sample, patient, category, side, truth_at, boxes_at = (codes[:, i].copy() for i in range(6))
+        patients, patient = _sorted(self._patients, patient)
+        categories, category = _sorted(self._categories, category)
         return Columns(
             ids=self._ids,
-            sample=codes["sample"],
+            sample=sample,
             patient=patient,
             patients=patients,
             category=category,
             categories=categories,
-            side=codes["side"],
+            side=side,
             extent=np.frombuffer(self._extent).reshape(-1, 2),
             readable=np.frombuffer(self._readable, dtype=np.bool_),
             truth=np.frombuffer(self._truth).reshape(-1, 4),
-            truth_at=np.concatenate([[0], codes["truth"]]),
+            truth_at=np.concatenate([[0], truth_at]),
             boxes=np.frombuffer(self._boxes).reshape(-1, 4),
-            boxes_at=np.concatenate([[0], codes["boxes"]]),
+            boxes_at=np.concatenate([[0], boxes_at]),
         )
 
 

@@ -46,8 +46,8 @@ class Prediction:
 
 def side_word(phrase: str) -> str:
     """'left' or 'right' when the phrase has one of the two words, else ''."""
-    found = {word for word in _WORDS.findall(phrase.lower()) if word in ("left", "right")}
+    found = set(_SIDES.findall(phrase.lower()))
     return found.pop() if len(found) == 1 else ""
 
 
-_WORDS = re.compile(r"\w+")
+_SIDES = re.compile(r"\b(?:left|right)\b")

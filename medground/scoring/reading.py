@@ -28,6 +28,7 @@ PREDICTIONS = "predictions.jsonl"
 LARGEST = 1e9  # pixels; a coordinate of a true box is below
 
 Row = dict[str, Any]
+_NUMBERS = frozenset((float, int))
 
 
 @dataclass(frozen=True)
@@ -167,27 +168,28 @@ def _lines(file: IO[bytes], path: Path) -> Iterator[bytes]:
 def _sound(row: Any) -> bool:
     """Whether a line has all fields in their form. Quick: it runs for every line; `_name_faults` says what is wrong."""
     try:
-        for name in TEXTS:
-            if type(row[name]) is not str:
-                return False
-        if not row["id"] or not row["patient"]:
-            return False
-        width, height, truth, boxes = row["width"], row["height"], row["truth"], row["boxes"]
-        if type(width) is not int or type(height) is not int or width < 1 or height < 1:
-            return False
-        if type(truth) is not list or (boxes is not None and type(boxes) is not list):
-            return False
-        return all(map(_is_true_box, truth)) and all(map(_is_box, boxes or ())) and _sound_options(row)
+        truth, boxes = row["truth"], row["boxes"]
+        return (
+            type(row["id"]) is type(row["phrase"]) is type(row["category"]) is type(row["patient"]) is str
+            and row["id"] != "" != row["patient"]
+            and type(row["width"]) is type(row["height"]) is int
+            and row["width"] >= 1 <= row["height"]
+            and type(truth) is list
+            and (boxes is None or type(boxes) is list)
+            and all(map(_is_true_box, truth))
+            and (not boxes or all(map(_is_box, boxes)))
+            and _sound_options(row)
+        )
     except (KeyError, TypeError):
         return False
 
 
 def _sound_options(row: Row) -> bool:
-    sample, logp, iou = row.get("sample"), row.get("logp", 0.0), row.get("iou", 0.0)
+    sample = row.get("sample")
     return (
         (sample is None or (type(sample) is int and 0 <= sample < LARGEST))
-        and type(logp) in (float, int)
-        and type(iou) in (float, int)
+        and type(row.get("logp", 0.0)) in _NUMBERS
+        and type(row.get("iou", 0.0)) in _NUMBERS
         and type(row.get("image", "")) is str
         and type(row.get("completion", "")) is str
     )
@@ -195,15 +197,16 @@ def _sound_options(row: Row) -> bool:
 
 def _is_box(box: Any) -> bool:
     # a model may say any number, NaN too; a whole number that no float can hold is none
-    return (
-        type(box) is list
-        and len(box) == 4
-        and all(type(v) is float or (type(v) is int and -(10**300) < v < 10**300) for v in box)
-    )
+    if type(box) is not list or len(box) != 4 or not _NUMBERS.issuperset(map(type, box)):
+        return False
+    return all(type(v) is float or -(10**300) < v < 10**300 for v in box) if int in map(type, box) else True
 
 
 def _is_true_box(box: Any) -> bool:
-    return _is_box(box) and -LARGEST < box[0] < box[2] < LARGEST and -LARGEST < box[1] < box[3] < LARGEST
+    if type(box) is not list or len(box) != 4 or not _NUMBERS.issuperset(map(type, box)):
+        return False
+    x1, y1, x2, y2 = box
+    return -LARGEST < x1 < x2 < LARGEST and -LARGEST < y1 < y2 < LARGEST
 
 
 def _name_faults(where: str, row: Any, faults: Faults) -> None:

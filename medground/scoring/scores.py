@@ -6,19 +6,20 @@ each record by its answer of the largest IoU alone, as if somebody who knows the
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from medground.scoring.bootstrap import Group, group_sums, interval, resampled_sums
-from medground.scoring.columns import Columns, Ints, columns_of, take
-from medground.scoring.measures import COUNTS, RATIOS, counts_of, denominators, groups_of, ratios
+from medground.scoring.columns import SIDES, Columns, Ints, columns_of, take
+from medground.scoring.measures import COUNTS, RATIOS, SIZES, counts_of, denominators, groups_of, ratios
 from medground.scoring.prediction import Prediction
 from medground.set_iou import Floats
 
 Estimate = dict[str, Any]
 
 RESAMPLES = 10_000
+TABLES = ("by_category", "by_side", "by_size")
 
 
 def score(predictions: Sequence[Prediction], resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Any]:
@@ -59,29 +60,30 @@ def score_columns(columns: Columns, resamples: int = RESAMPLES, seed: int = 0, l
     if resamples < 1:
         raise ValueError(f"want resamples >= 1; got {resamples}")
     counts = counts_of(columns, legacy)
-    sampled = records_of(columns)
-    groups = {"metrics": _whole(columns, counts)}
-    if sampled is not None:
-        best = take(columns, _best(sampled, counts["iou"] + counts["rightly empty"]))
-        best_counts = counts_of(best, legacy)
-        counts = {name: count / np.bincount(sampled)[sampled] for name, count in counts.items()}
-        groups = {"metrics": _whole(columns, counts), "best_of_k": _whole(best, best_counts)}
-    tables: list[tuple[str, str]] = []
-    split: list[Group] = []
-    for table, (group, names) in groups_of(columns).items():
-        found = group_sums(columns.patient, group, len(names), [counts[name] for name in COUNTS])
-        kept = [(name, part) for name, part in zip(names, found, strict=True) if name and len(part.patients)]
-        tables += [(table, name) for name, _ in kept]
-        split += [part for _, part in kept]
-    every = [*groups.values(), *split]
-    estimates = [
-        _estimates(group, drawn)
-        for group, drawn in zip(every, resampled_sums(every, len(columns.patients), resamples, seed), strict=True)
-    ]
-    out: dict[str, Any] = dict(zip(groups, estimates, strict=False))
-    out |= {table: {} for table in ("by_category", "by_side", "by_size")}
-    for (table, name), estimate in zip(tables, estimates[len(groups) :], strict=True):
-        out[table][name] = estimate
+    record = records_of(columns)
+    best: list[Group] = []
+    if record is not None:
+        chosen = take(columns, _best(record, counts["iou"] + counts["rightly empty"]))
+        best = group_sums(chosen.patient, np.zeros_like(chosen.patient), 1, _listed(counts_of(chosen, legacy)))
+        counts = {name: count / np.bincount(record)[record] for name, count in counts.items()}
+    cells, group = _cells(columns)
+    groups = [*group_sums(columns.patient, group, len(cells), _listed(counts)), *best]
+    drawn = resampled_sums(groups, len(columns.patients), resamples, seed)
+    out: dict[str, Any] = {"metrics": {}, **{table: {} for table in TABLES}}
+    tables: dict[tuple[str, str], _Part] = {}
+    for place, (cell, part) in enumerate(zip(cells, groups, strict=False)):
+        found = _Part(part.sums.sum(0), next(drawn))
+        for key in cell:
+            tables[key] = tables[key] + found if key in tables else found
+        # cells are sorted by category: what is complete is not kept
+        for key in cell:
+            if key[0] == "by_category" and (place + 1 == len(cells) or key not in cells[place + 1]):
+                out[key[0]][key[1]] = tables.pop(key).estimates()
+    for table, name in sorted(tables, key=_order):
+        part_of = tables[table, name].estimates()
+        out |= {table: part_of} if table == "metrics" else {table: out[table] | {name: part_of}}
+    if best:
+        out["best_of_k"] = _Part(best[0].sums.sum(0), next(drawn)).estimates()
     return out
 
 
@@ -115,25 +117,54 @@ def same_truth(a: Columns, i: int, b: Columns, j: int) -> bool:
     return np.array_equal(ours, theirs) and a.patients[a.patient[i]] == b.patients[b.patient[j]]
 
 
-def _whole(columns: Columns, counts: dict[str, Floats]) -> Group:
-    (group,) = group_sums(columns.patient, np.zeros(len(columns), dtype=np.int64), 1, [counts[name] for name in COUNTS])
-    return group
+class _Part(NamedTuple):
+    """Summed counts of a group of records [S], and in every resample [resamples, S]."""
+
+    sums: Floats
+    drawn: Floats
+
+    def __add__(self, other: "_Part") -> "_Part":  # type: ignore[override]
+        return _Part(self.sums + other.sums, self.drawn + other.drawn)
+
+    def estimates(self) -> dict[str, Estimate]:
+        """Each metric, with its interval."""
+        value, n = ratios(self.sums), denominators(self.sums)
+        low, high = interval(ratios(self.drawn))
+        return {
+            name: {"value": float(value[m]), "low": float(low[m]), "high": float(high[m]), "n": round(n[m])}
+            if n[m] > 0
+            else {"value": None, "low": None, "high": None, "n": 0}
+            for m, name in enumerate(RATIOS)
+        }
+
+
+def _cells(columns: Columns) -> tuple[list[list[tuple[str, str]]], Ints]:
+    """Records that are in the same group of every table go together: their cell.
+
+    Returns:
+        The cells, sorted by category, each as the (table, name) that its records count for; each answer's cell [N].
+    """
+    tables = groups_of(columns)
+    codes = np.stack([group for group, _ in tables.values()], axis=1)
+    kinds, cell = np.unique(codes, axis=0, return_inverse=True)
+    cells = []
+    for kind in kinds.tolist():
+        named = [(table, names[i]) for i, (table, (_, names)) in zip(kind, tables.items(), strict=True) if i >= 0]
+        cells.append([("metrics", ""), *((table, name) for table, name in named if name)])
+    return cells, cell.reshape(-1)
+
+
+def _order(key: tuple[str, str]) -> tuple[int, int]:
+    """Where a (table, name) stands in the output."""
+    table, name = key
+    return (*TABLES, "metrics").index(table), (*SIDES, *SIZES, "").index(name)
+
+
+def _listed(counts: dict[str, Floats]) -> list[Floats]:
+    return [counts[name] for name in COUNTS]
 
 
 def _best(record: Ints, iou: Floats) -> Ints:
     """The answer of the largest IoU of each record; the first of several."""
     order = np.lexsort((np.arange(len(iou)), -iou, record))
     return order[np.diff(record[order], prepend=-1) > 0]
-
-
-def _estimates(group: Group, drawn: Floats) -> dict[str, Estimate]:
-    """Each metric of a group, with its interval over the resamples [resamples, S]."""
-    total = group.sums.sum(0)
-    value, n = ratios(total), denominators(total)
-    low, high = interval(ratios(drawn))
-    return {
-        name: {"value": float(value[m]), "low": float(low[m]), "high": float(high[m]), "n": round(n[m])}
-        if n[m] > 0
-        else {"value": None, "low": None, "high": None, "n": 0}
-        for m, name in enumerate(RATIOS)
-    }

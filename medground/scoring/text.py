@@ -50,6 +50,7 @@ def render_comparison(found: Mapping[str, Any]) -> str:
             "bootstrap resamples by patient",
             "",
             *aligned([head, *rows]),
+            *(f"note: {note}" for note in found["notes"]),
         ]
     )
 
