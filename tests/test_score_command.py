@@ -86,6 +86,7 @@ def test_legacy_iou(tmp_path, capsys):
         ({"height": 9.5}, ":2: height"),
         ({"patient": 7}, ":2: patient: want a text that is not empty; got 7"),
         ({"id": ""}, ":2: id: want a text that is not empty"),
+        ({"thought_boxes": [[1]]}, ":2: thought_boxes[0]: want four numbers"),
         ({"sample": -1}, ":2: sample: want a whole number >= 0; got -1"),
         ({"logp": "low"}, ":2: logp: want a number; got 'low'"),
         ({"image": None}, ":2: image: want a text; got None"),
@@ -155,10 +156,11 @@ def test_the_last_whole_evaluation_of_a_run_is_found(tmp_path):
 
 
 def test_what_was_written_is_read_again(tmp_path):
-    path = write_rows(tmp_path / "a.jsonl", some_rows() + [row("s", sample=3, completion="<answer>", logp=-2)])
+    path = write_rows(tmp_path / "a.jsonl", some_rows() + [row("s", sample=3, completion="<a>", logp=-2, thought_boxes=[[1, 2, 3, 4]])])
     first = list(read_predictions(path))
     write_rows(path, [p.row() for p in first])
     assert list(read_predictions(path)) == first and first[-1].sample == 3
+    assert first[-1].thought_boxes == ((1.0, 2.0, 3.0, 4.0),)
     assert read_columns(path).claimed_iou.tolist() == pytest.approx([p.iou for p in first])
 
 

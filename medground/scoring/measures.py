@@ -106,7 +106,7 @@ def sizes(columns: Columns) -> Ints:
     known = (t > 0) & (image > 0)
     with np.errstate(all="ignore"):
         share = np.bincount(record, areas, minlength=len(t)) / t / image
-    return np.where(known, np.searchsorted(SIZE_LIMITS, share, side="right"), -1)
+    return np.where(known & np.isfinite(share), np.searchsorted(SIZE_LIMITS, share, side="right"), -1)
 
 
 def groups_of(columns: Columns) -> dict[str, tuple[Ints, tuple[str, ...]]]:

@@ -14,8 +14,8 @@ class Prediction:
     """One record and what the model answered: a line of `eval/*.predictions.jsonl` (docs/run_folder.md).
 
     Boxes are original. `boxes` is None when the completion has no readable answer and () for "nothing found";
-    `logp` is summed over the completion, in nats. `sample` counts the answers of a record that was asked several
-    times, from 0; None where it was asked once.
+    `logp` is summed over the completion, in nats; `thought_boxes` are those named while thinking; `sample` is the
+    number of the completion where a record has several, else None.
     """
 
     id: str
@@ -29,6 +29,7 @@ class Prediction:
     boxes: tuple[Box, ...] | None
     completion: str
     logp: float
+    thought_boxes: tuple[Box, ...] = ()
     sample: int | None = None
 
     @cached_property
@@ -37,8 +38,10 @@ class Prediction:
         return set_iou(self.boxes, self.truth)
 
     def row(self) -> dict[str, Any]:
-        """The JSON object of the line, `iou` included; `sample` only where there is one."""
+        """The JSON object of the line, `iou` included, `thought_boxes` and `sample` where there are any."""
         row = asdict(self) | {"iou": self.iou}
+        if not self.thought_boxes:
+            del row["thought_boxes"]
         if self.sample is None:
             del row["sample"]
         return row

@@ -1,6 +1,6 @@
 """Files of predictions -> columns, or predictions one by one: lines as in docs/run_folder.md, checked as they are read.
 
-What scoring needs must be there; `image`, `completion`, `logp`, `iou` and `sample` may be. A file has one answer for
+What scoring needs must be there; `image`, `completion`, `logp`, `thought_boxes`, `iou` and `sample` may be. A file has one answer for
 each id, or several that `sample` numbers. Every fault is named with its line, and a file with one is not read.
 """
 
@@ -17,13 +17,14 @@ from typing import IO, Any
 import numpy as np
 
 from medground.datasets.faults import Faults
+from medground.records import Box
 from medground.scoring.columns import Builder, Columns
 from medground.scoring.prediction import Prediction
 from medground.set_iou import Floats
 
 TEXTS = ("id", "phrase", "category", "patient")
 REQUIRED = ("id", "width", "height", "phrase", "category", "patient", "truth", "boxes")
-OPTIONAL = ("image", "completion", "logp", "iou", "sample")
+OPTIONAL = ("image", "completion", "logp", "thought_boxes", "iou", "sample")
 PREDICTIONS = "predictions.jsonl"
 LARGEST = 1e9  # pixels; a coordinate of a true box is below
 
@@ -99,15 +100,25 @@ def read_predictions(path: Path) -> Iterator[Prediction]:
         ValueError: as `read_columns`, after the last line that is sound.
     """
     for row in _rows(path):
-        truth, boxes = (
-            None if boxes is None else tuple((float(a), float(b), float(c), float(d)) for a, b, c, d in boxes)
-            for boxes in (row["truth"], row["boxes"])
-        )
-        assert truth is not None
         yield Prediction(
-            row["id"], row.get("image", ""), row["width"], row["height"], row["phrase"], row["category"],
-            row["patient"], truth, boxes, row.get("completion", ""), row.get("logp", 0.0), row.get("sample"),
-        )  # fmt: skip
+            id=row["id"],
+            image=row.get("image", ""),
+            width=row["width"],
+            height=row["height"],
+            phrase=row["phrase"],
+            category=row["category"],
+            patient=row["patient"],
+            truth=_boxes(row["truth"]),
+            boxes=None if row["boxes"] is None else _boxes(row["boxes"]),
+            completion=row.get("completion", ""),
+            logp=row.get("logp", 0.0),
+            thought_boxes=_boxes(row.get("thought_boxes", [])),
+            sample=row.get("sample"),
+        )
+
+
+def _boxes(values: list[list[float]]) -> tuple[Box, ...]:
+    return tuple((float(a), float(b), float(c), float(d)) for a, b, c, d in values)
 
 
 def _rows(path: Path) -> Iterator[Row]:
@@ -192,6 +203,8 @@ def _sound_options(row: Row) -> bool:
         and type(row.get("iou", 0.0)) in _NUMBERS
         and type(row.get("image", "")) is str
         and type(row.get("completion", "")) is str
+        and type(thoughts := row.get("thought_boxes", [])) is list
+        and (not thoughts or all(map(_is_box, thoughts)))
     )
 
 
@@ -238,6 +251,7 @@ def _name_faulty_boxes(where: str, row: Row, faults: Faults) -> None:
     for name, sound, wanted in (
         ("truth", _is_true_box, "four numbers [x1, y1, x2, y2], x1 < x2 and y1 < y2"),
         ("boxes", _is_box, "four numbers [x1, y1, x2, y2]"),
+        ("thought_boxes", _is_box, "four numbers [x1, y1, x2, y2]"),
     ):
         value = row.get(name, [])
         if value is None and name == "boxes":
