@@ -156,7 +156,8 @@ def test_the_last_whole_evaluation_of_a_run_is_found(tmp_path):
 
 
 def test_what_was_written_is_read_again(tmp_path):
-    path = write_rows(tmp_path / "a.jsonl", some_rows() + [row("s", sample=3, completion="<a>", logp=-2, thought_boxes=[[1, 2, 3, 4]])])
+    more = row("s", sample=3, completion="<a>", logp=-2, thought_boxes=[[1, 2, 3, 4]])
+    path = write_rows(tmp_path / "a.jsonl", [*some_rows(), more])
     first = list(read_predictions(path))
     write_rows(path, [p.row() for p in first])
     assert list(read_predictions(path)) == first and first[-1].sample == 3

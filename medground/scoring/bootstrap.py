@@ -15,6 +15,7 @@ from medground.set_iou import Floats
 
 LEVEL = (2.5, 97.5)  # percentiles of the resamples that bound the interval
 _WEIGHTS = 8_000_000  # numbers of draws held at a time: 64 MB
+_TILE = 512  # patients turned at a time
 _DRAWN = 16_000_000  # sums of resamples held at a time: 128 MB
 
 
@@ -64,8 +65,8 @@ def resampled_sums(groups: Sequence[Group], patients: int, resamples: int, seed:
         drawn = [np.empty((resamples, group.sums.shape[1])) for group in block]
         for first, weights in _draws(patients, resamples, seed):  # the same draws for every block
             for group, out in zip(block, drawn, strict=True):
-                mine = weights if len(group.patients) == patients else weights[:, group.patients]
-                out[first : first + len(weights)] = mine @ group.sums
+                mine = weights if len(group.patients) == patients else weights[group.patients]
+                out[first : first + weights.shape[1]] = mine.T @ group.sums
         yield from drawn
 
 
@@ -86,12 +87,18 @@ def interval(values: Floats) -> tuple[Floats, Floats]:
 
 
 def _draws(patients: int, resamples: int, seed: int) -> Iterator[tuple[int, Floats]]:
-    """(number of the first resample, how often each of the next resamples draws each patient [rows, patients])."""
+    """(number of the first resample, how often each of the next resamples draws each patient [patients, rows]).
+
+    Patients are rows, so that those of a group are copied whole rows at a time, ten times faster than columns.
+    """
     rng = np.random.default_rng(seed)
     rows = max(1, _WEIGHTS // patients)
     for start in range(0, resamples, rows):
         size = min(rows, resamples - start)
         picks = rng.integers(patients, size=(size, patients))
         picks += np.arange(size)[:, None] * patients
-        counts = np.bincount(picks.ravel(), minlength=size * patients)
-        yield start, counts.reshape(size, patients).astype(np.float64)
+        counts = np.bincount(picks.ravel(), minlength=size * patients).reshape(size, patients)
+        weights = np.empty((patients, size))
+        for first in range(0, patients, _TILE):  # a tile fits the cache: turned at once it takes three times as long
+            weights[first : first + _TILE] = counts[:, first : first + _TILE].T
+        yield start, weights

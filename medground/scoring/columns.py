@@ -1,8 +1,10 @@
 """Predictions as arrays: boxes of all records flat, one after another, and where each record's begin."""
 
-from array import array
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +18,8 @@ Bools = NDArray[np.bool_]
 
 SIDES = ("none", "left", "right")
 """The side word of a phrase by its code: `none` where the phrase has neither word, or both."""
+Taken = tuple[str, int, int, str, str, str, Sequence[Box], Sequence[Box] | None, int | None]
+_BATCH = 128  # answers that become arrays together
 _SIDE = {"": 0, "left": 1, "right": 2}
 
 
@@ -58,65 +62,76 @@ class Columns:
 
 
 class Builder:
-    """Takes one answer after another; some 130 bytes each, and 32 a box."""
+    """Takes answers; some 150 bytes each, and 32 a box."""
 
     def __init__(self) -> None:
         self._ids: list[str] = []
         self._patients: dict[str, int] = {}  # name -> its number by first appearance
         self._categories: dict[str, int] = {}
-        self._codes = array("q")  # of each answer: sample, patient, category, side, true and predicted boxes so far
-        self._extent = array("d")
-        self._readable = array("b")
-        self._truth = array("d")
-        self._boxes = array("d")
+        self._parts: dict[str, list[NDArray[Any]]] = defaultdict(list)
+        self._waiting: list[Taken] = []
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self._ids) + len(self._waiting)
 
     def add(
-        self, name: str, patient: str, category: str, phrase: str, extent: Sequence[float],
+        self, name: str, patient: str, category: str, phrase: str, extent: tuple[int, int],
         truth: Sequence[Box], boxes: Sequence[Box] | None, sample: int | None = None,
     ) -> None:  # fmt: skip
         """Take an answer; arguments as the fields of `Prediction`, extent the image's width and height."""
-        self._ids.append(name)
-        self._extent.extend(extent)
-        self._readable.append(boxes is not None)
-        for box in truth:
-            self._truth.extend(box)
-        for box in boxes or ():
-            self._boxes.extend(box)
-        self._codes.extend(
-            (
-                -1 if sample is None else sample,
-                self._patients.setdefault(patient, len(self._patients)),
-                self._categories.setdefault(category, len(self._categories)),
-                _SIDE[side_word(phrase)],
-                len(self._truth) // 4,
-                len(self._boxes) // 4,
-            )
-        )
+        self._waiting.append((name, *extent, phrase, category, patient, truth, boxes, sample))
+        if len(self._waiting) == _BATCH:
+            self._take_waiting()
+
+    def extend(self, answers: Iterable[Taken]) -> None:
+        """Take many answers: (id, width, height, phrase, category, patient, truth, boxes, sample) of each."""
+        columns = list(zip(*answers, strict=True))
+        if not columns:
+            return
+        names, width, height, phrases, categories, patients, truth, boxes, samples = columns
+        self._ids += names
+        codes = {
+            "width": width,
+            "height": height,
+            "side": [_SIDE[side_word(phrase)] for phrase in phrases],
+            "category": [self._categories.setdefault(c, len(self._categories)) for c in categories],
+            "patient": [self._patients.setdefault(p, len(self._patients)) for p in patients],
+            "readable": [answer is not None for answer in boxes],
+            "sample": [-1 if sample is None else sample for sample in samples],
+        }
+        for name, values in codes.items():
+            self._parts[name].append(np.array(values, dtype=np.int64))
+        for name, sets in (("truth", truth), ("boxes", [answer or () for answer in boxes])):
+            self._parts[f"{name} counts"].append(np.fromiter(map(len, sets), np.int64, len(sets)))
+            flat = list(chain.from_iterable(chain.from_iterable(sets)))
+            self._parts[name].append(np.array(flat, dtype=np.float64).reshape(-1, 4))
 
     def columns(self) -> Columns:
         """All that was taken; the builder is not to be used after."""
-        codes = np.frombuffer(self._codes, dtype=np.int64).reshape(-1, 6)
-        sample, patient, category, side, truth_at, boxes_at = (codes[:, i].copy() for i in range(6))
-        patients, patient = _sorted(self._patients, patient)
-        categories, category = _sorted(self._categories, category)
+        self._take_waiting()
+        assert self._ids, "no answers were taken"
+        found = {name: np.concatenate(self._parts.pop(name)) for name in list(self._parts)}
+        patients, patient = _sorted(self._patients, found["patient"])
+        categories, category = _sorted(self._categories, found["category"])
         return Columns(
             ids=self._ids,
-            sample=sample,
+            sample=found["sample"],
             patient=patient,
             patients=patients,
             category=category,
             categories=categories,
-            side=side,
-            extent=np.frombuffer(self._extent).reshape(-1, 2),
-            readable=np.frombuffer(self._readable, dtype=np.bool_),
-            truth=np.frombuffer(self._truth).reshape(-1, 4),
-            truth_at=np.concatenate([[0], truth_at]),
-            boxes=np.frombuffer(self._boxes).reshape(-1, 4),
-            boxes_at=np.concatenate([[0], boxes_at]),
+            side=found["side"],
+            extent=np.stack([found["width"], found["height"]], axis=1).astype(np.float64),
+            readable=found["readable"] > 0,
+            truth=found["truth"],
+            truth_at=np.concatenate([[0], np.cumsum(found["truth counts"])]),
+            boxes=found["boxes"],
+            boxes_at=np.concatenate([[0], np.cumsum(found["boxes counts"])]),
         )
+
+    def _take_waiting(self) -> None:
+        self.extend(self._waiting)
+        self._waiting = []
 
 
 def columns_of(predictions: Iterable[Prediction]) -> Columns:

@@ -1,7 +1,8 @@
 """Files of predictions -> columns, or predictions one by one: lines as in docs/run_folder.md, checked as they are read.
 
-What scoring needs must be there; `image`, `completion`, `logp`, `thought_boxes`, `iou` and `sample` may be. A file has one answer for
-each id, or several that `sample` numbers. Every fault is named with its line, and a file with one is not read.
+What scoring needs must be there (REQUIRED), other fields may be (OPTIONAL). A file has one answer for each id, or
+several that `sample` numbers. Every fault is named with its line, and a file with one is not read. Lines are checked
+thousands at a time; those among which something is wrong one by one, to name it.
 """
 
 import gzip
@@ -11,7 +12,10 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain, islice
+from operator import itemgetter
 from pathlib import Path
+from types import NoneType
 from typing import IO, Any
 
 import numpy as np
@@ -29,7 +33,10 @@ PREDICTIONS = "predictions.jsonl"
 LARGEST = 1e9  # pixels; a coordinate of a true box is below
 
 Row = dict[str, Any]
-_NUMBERS = frozenset((float, int))
+_BATCH = 128  # lines that are checked together: what they hold stays in the cache
+_NUMBERS = {float, int}
+_KNOWN = {*REQUIRED, *OPTIONAL}
+_SCORED = itemgetter(*REQUIRED)
 
 
 @dataclass(frozen=True)
@@ -80,15 +87,12 @@ def read_columns(path: Path) -> Loaded:
         ValueError: the file is missing or empty, or a line is not as docs/run_folder.md has it; names each such line.
     """
     builder, claimed, others = Builder(), array("d"), Counter[str]()
-    known = {*REQUIRED, *OPTIONAL}
-    for row in _rows(path):
-        builder.add(
-            row["id"], row["patient"], row["category"], row["phrase"], (row["width"], row["height"]),
-            row["truth"], row["boxes"], row.get("sample"),
-        )  # fmt: skip
-        claimed.append(row.get("iou", np.nan))
-        if not row.keys() <= known:
-            others.update(row.keys() - known)
+    for rows in _batches(path):
+        fields = list(zip(*map(_SCORED, rows), strict=True))
+        builder.extend(zip(*fields, [row.get("sample") for row in rows], strict=True))
+        claimed.extend([row.get("iou", np.nan) for row in rows])
+        for name in set().union(*rows) - _KNOWN:
+            others[name] += sum(name in row for row in rows)
     notes = [f"not used: field {name!r}, which {count} lines have" for name, count in sorted(others.items())]
     return Loaded(builder.columns(), np.frombuffer(claimed), notes)
 
@@ -99,7 +103,7 @@ def read_predictions(path: Path) -> Iterator[Prediction]:
     Raises:
         ValueError: as `read_columns`, after the last line that is sound.
     """
-    for row in _rows(path):
+    for row in chain.from_iterable(_batches(path)):
         yield Prediction(
             id=row["id"],
             image=row.get("image", ""),
@@ -121,45 +125,67 @@ def _boxes(values: list[list[float]]) -> tuple[Box, ...]:
     return tuple((float(a), float(b), float(c), float(d)) for a, b, c, d in values)
 
 
-def _rows(path: Path) -> Iterator[Row]:
-    faults, seen, count = Faults(), _Seen(), 0
+def _batches(path: Path) -> Iterator[list[Row]]:
+    """The rows of a file, thousands at a time, as long as all have been sound."""
+    faults, seen, some = Faults(), _Seen(path), False
     with _open(path) as file:
-        for number, line in enumerate(_lines(file, path), 1):
-            if not line.strip():
-                continue
-            count += 1
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                faults.add(f"{path}:{number}", "line", f"one JSON object in UTF-8 ({error})", line[:60])
-                continue
-            if not _sound(row):
-                _name_faults(f"{path}:{number}", row, faults)
-            elif seen.fits(path, number, row, faults) and not faults:
-                yield row
-    if not count:
+        lines = enumerate(_lines(file, path), 1)
+        while batch := list(islice(lines, _BATCH)):
+            rows, numbers = _parsed(path, batch, faults)
+            some = some or bool(rows) or bool(faults)
+            if rows and not _sound(rows):
+                wrong = [i for i, row in enumerate(rows) if not _sound([row])]
+                for i in wrong:
+                    _name_faults(f"{path}:{numbers[i]}", rows[i], faults)
+                left = {*range(len(rows))} - {*wrong}
+                rows, numbers = ([values[i] for i in sorted(left)] for values in (rows, numbers))
+            seen.take(rows, numbers, faults)
+            if rows and not faults:
+                yield rows
+    if not some:
         raise ValueError(f"{path}: want a line for each prediction; got an empty file")
     faults.raise_if_any(path, "docs/run_folder.md")
+
+
+def _parsed(path: Path, lines: list[tuple[int, bytes]], faults: Faults) -> tuple[list[Any], list[int]]:
+    """The values of lines that are not blank, and their numbers."""
+    rows, numbers = [], []
+    for number, line in lines:
+        try:
+            rows.append(json.loads(line))
+            numbers.append(number)
+        except (ValueError, RecursionError) as error:
+            if line.strip():
+                faults.add(f"{path}:{number}", "line", f"one JSON object in UTF-8 ({error})", line[:60])
+    return rows, numbers
 
 
 class _Seen:
     """Which ids and samples there were, and where."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path) -> None:
+        self._path = path
         self._alone: dict[str, int] = {}  # id -> line
         self._sampled: dict[str, dict[int, int]] = {}  # id -> sample -> line
 
-    def fits(self, path: Path, number: int, row: Row, faults: Faults) -> bool:
-        """Whether no line before is the same answer, or the same record with a sample where this has none."""
-        name, sample = row["id"], row.get("sample")
+    def take(self, rows: list[Row], numbers: list[int], faults: Faults) -> None:
+        """Note sound rows; a fault for each that is the same answer as one before, or one of several without sample."""
+        names = {row["id"]: number for row, number in zip(rows, numbers, strict=True)}
+        alone = not any("sample" in row for row in rows)
+        if alone and len(names) == len(rows) and not self._sampled and self._alone.keys().isdisjoint(names):
+            self._alone |= names
+            return
+        for row, number in zip(rows, numbers, strict=True):
+            self._take(row["id"], row.get("sample"), number, faults)
+
+    def _take(self, name: str, sample: int | None, number: int, faults: Faults) -> None:
         if sample is None:
             first = next(iter(self._sampled.get(name, {}).values()), None) or self._alone.setdefault(name, number)
         else:
             first = self._alone.get(name) or self._sampled.setdefault(name, {}).setdefault(sample, number)
         if first != number:
             wanted = f"one answer to each id, or several that `sample` numbers (line {first} has the same id)"
-            faults.add(f"{path}:{number}", "id", wanted, name if sample is None else (name, sample))
-        return first == number
+            faults.add(f"{self._path}:{number}", "id", wanted, name if sample is None else (name, sample))
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -176,50 +202,53 @@ def _lines(file: IO[bytes], path: Path) -> Iterator[bytes]:
         raise ValueError(f"{path}: want a file that can be read; got {error}") from None
 
 
-def _sound(row: Any) -> bool:
-    """Whether a line has all fields in their form. Quick: it runs for every line; `_name_faults` says what is wrong."""
+def _sound(rows: list[Any]) -> bool:
+    """Whether all lines have all fields in their form; `_name_faults` says what is wrong."""
     try:
-        truth, boxes = row["truth"], row["boxes"]
-        return (
-            type(row["id"]) is type(row["phrase"]) is type(row["category"]) is type(row["patient"]) is str
-            and row["id"] != "" != row["patient"]
-            and type(row["width"]) is type(row["height"]) is int
-            and row["width"] >= 1 <= row["height"]
-            and type(truth) is list
-            and (boxes is None or type(boxes) is list)
-            and all(map(_is_true_box, truth))
-            and (not boxes or all(map(_is_box, boxes)))
-            and _sound_options(row)
-        )
+        names, widths, heights, phrases, categories, patients, truth, boxes = zip(*map(_SCORED, rows), strict=True)
     except (KeyError, TypeError):
         return False
-
-
-def _sound_options(row: Row) -> bool:
-    sample = row.get("sample")
     return (
-        (sample is None or (type(sample) is int and 0 <= sample < LARGEST))
-        and type(row.get("logp", 0.0)) in _NUMBERS
-        and type(row.get("iou", 0.0)) in _NUMBERS
-        and type(row.get("image", "")) is str
-        and type(row.get("completion", "")) is str
-        and type(thoughts := row.get("thought_boxes", [])) is list
-        and (not thoughts or all(map(_is_box, thoughts)))
+        all({*map(type, texts)} == {str} for texts in (names, phrases, categories, patients))
+        and all(names)
+        and all(patients)
+        and all({*map(type, sides)} == {int} and min(sides) >= 1 for sides in (widths, heights))
+        and {*map(type, truth)} == {list}
+        and {*map(type, boxes)} <= {list, NoneType}
+        and _are_true_boxes(list(chain.from_iterable(truth)))
+        and _are_boxes(list(chain.from_iterable(filter(None, boxes))))
+        and _sound_options(rows)
     )
 
 
-def _is_box(box: Any) -> bool:
-    # a model may say any number, NaN too; a whole number that no float can hold is none
-    if type(box) is not list or len(box) != 4 or not _NUMBERS.issuperset(map(type, box)):
-        return False
-    return all(type(v) is float or -(10**300) < v < 10**300 for v in box) if int in map(type, box) else True
+def _sound_options(rows: list[Row]) -> bool:
+    thoughts = [row["thought_boxes"] for row in rows if "thought_boxes" in row]
+    return (
+        all({type(row.get(name, 0.0)) for row in rows} <= _NUMBERS for name in ("logp", "iou"))
+        and all({type(row.get(name, "")) for row in rows} == {str} for name in ("image", "completion"))
+        and all(_is_sample(row["sample"]) for row in rows if "sample" in row)
+        and {*map(type, thoughts)} <= {list}
+        and _are_boxes(list(chain.from_iterable(thoughts)))
+    )
 
 
-def _is_true_box(box: Any) -> bool:
-    if type(box) is not list or len(box) != 4 or not _NUMBERS.issuperset(map(type, box)):
+def _is_sample(value: Any) -> bool:
+    return value is None or (type(value) is int and 0 <= value < LARGEST)
+
+
+def _are_boxes(boxes: list[Any]) -> bool:
+    """Whether each is four numbers: any, NaN too, since a model may say them, save one that no float can hold."""
+    if not {*map(type, boxes)} <= {list} or not {*map(len, boxes)} <= {4}:
         return False
-    x1, y1, x2, y2 = box
-    return -LARGEST < x1 < x2 < LARGEST and -LARGEST < y1 < y2 < LARGEST
+    numbers = list(chain.from_iterable(boxes))
+    return {*map(type, numbers)} <= _NUMBERS and all(abs(v) < 10**300 for v in numbers if type(v) is int)
+
+
+def _are_true_boxes(boxes: list[Any]) -> bool:
+    if not _are_boxes(boxes):
+        return False
+    corners = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+    return bool((np.abs(corners) < LARGEST).all() and (corners[:, :2] < corners[:, 2:]).all())
 
 
 def _name_faults(where: str, row: Any, faults: Faults) -> None:
@@ -238,9 +267,8 @@ def _name_faults(where: str, row: Any, faults: Faults) -> None:
         if type(row.get(name, 1)) is not int or row.get(name, 1) < 1:
             faults.add(where, name, "a whole number of pixels >= 1", row[name])
     _name_faulty_boxes(where, row, faults)
-    sample = row.get("sample")
-    if sample is not None and (type(sample) is not int or not 0 <= sample < LARGEST):
-        faults.add(where, "sample", "a whole number >= 0", sample)
+    if not _is_sample(row.get("sample")):
+        faults.add(where, "sample", "a whole number >= 0", row["sample"])
     for name in ("logp", "iou"):
         if type(row.get(name, 0.0)) not in (int, float):
             faults.add(where, name, "a number", row[name])
@@ -249,9 +277,9 @@ def _name_faults(where: str, row: Any, faults: Faults) -> None:
 
 def _name_faulty_boxes(where: str, row: Row, faults: Faults) -> None:
     for name, sound, wanted in (
-        ("truth", _is_true_box, "four numbers [x1, y1, x2, y2], x1 < x2 and y1 < y2"),
-        ("boxes", _is_box, "four numbers [x1, y1, x2, y2]"),
-        ("thought_boxes", _is_box, "four numbers [x1, y1, x2, y2]"),
+        ("truth", _are_true_boxes, "four numbers [x1, y1, x2, y2], x1 < x2 and y1 < y2"),
+        ("boxes", _are_boxes, "four numbers [x1, y1, x2, y2]"),
+        ("thought_boxes", _are_boxes, "four numbers [x1, y1, x2, y2]"),
     ):
         value = row.get(name, [])
         if value is None and name == "boxes":
@@ -260,5 +288,5 @@ def _name_faulty_boxes(where: str, row: Row, faults: Faults) -> None:
             faults.add(where, name, f"a list of boxes{' or null' * (name == 'boxes')}", value)
             continue
         for index, box in enumerate(value):
-            if not sound(box):
+            if not sound([box]):
                 faults.add(where, f"{name}[{index}]", wanted, box)

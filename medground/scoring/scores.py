@@ -145,13 +145,18 @@ def _cells(columns: Columns) -> tuple[list[list[tuple[str, str]]], Ints]:
         The cells, sorted by category, each as the (table, name) that its records count for; each answer's cell [N].
     """
     tables = groups_of(columns)
-    codes = np.stack([group for group, _ in tables.values()], axis=1)
-    kinds, cell = np.unique(codes, axis=0, return_inverse=True)
+    code = np.zeros(len(columns), dtype=np.int64)
+    for group, names in tables.values():
+        code = code * (len(names) + 1) + group + 1
+    kinds, cell = np.unique(code, return_inverse=True)
     cells = []
     for kind in kinds.tolist():
-        named = [(table, names[i]) for i, (table, (_, names)) in zip(kind, tables.items(), strict=True) if i >= 0]
-        cells.append([("metrics", ""), *((table, name) for table, name in named if name)])
-    return cells, cell.reshape(-1)
+        parts: list[tuple[str, str]] = []
+        for table, (_, names) in reversed(tables.items()):
+            kind, place = divmod(kind, len(names) + 1)
+            parts += [(table, names[place - 1])] if place and names[place - 1] else []
+        cells.append([("metrics", ""), *parts])
+    return cells, cell
 
 
 def _order(key: tuple[str, str]) -> tuple[int, int]:
