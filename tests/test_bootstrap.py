@@ -69,8 +69,10 @@ def test_blocks_and_chunks_change_nothing(monkeypatch):
     once = list(resampled_sums(parts, 30, 60, 7))
     monkeypatch.setattr(bootstrap, "_WEIGHTS", 90)
     monkeypatch.setattr(bootstrap, "_DRAWN", 1)
+    monkeypatch.setattr(bootstrap, "_TILE", 7)
     again = list(resampled_sums(parts, 30, 60, 7))
     assert np.array(once) == pytest.approx(np.array(again), abs=1e-9)
+    assert np.abs(np.array(once) - np.array(list(resampled_sums(parts, 30, 60, 8)))).max() > 1, "another seed"
     for group, part in enumerate(parts):
         assert part.sums.sum(0) == pytest.approx([counts[0][groups == group].sum(), (groups == group).sum()])
         assert part.patients.tolist() == sorted(set(patient[groups == group].tolist()))

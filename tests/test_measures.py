@@ -125,9 +125,17 @@ def test_legacy_iou_is_that_of_vlm_r1():
 
 
 def test_legacy_iou_is_of_single_boxes():
-    two = Prediction("seven", "", 9, 9, "x", "c", "p", (UNIT,), (UNIT, UNIT), "", 0.0)
-    with pytest.raises(ValueError, match=r"one box at most.* got 2 and 1 in record 'seven'"):
-        score_columns(columns_of([two]), 1, legacy=True)
+    for truth, boxes, named in (((UNIT,), (UNIT, UNIT), "2 and 1"), ((UNIT, UNIT), (), "0 and 2")):
+        several = Prediction("seven", "", 9, 9, "x", "c", "p", truth, boxes, "", 0.0)
+        with pytest.raises(ValueError, match=rf"one box at most.* got {named} in record 'seven'"):
+            score_columns(columns_of([several]), 1, legacy=True)
+
+
+def test_two_empty_sets_agree_and_a_truth_without_size_has_none():
+    found = overlap(columns_of([Prediction("a", "", 9, 9, "x", "c", "p", (), (), "", 0.0)]))
+    assert (found.iou[0], found.giou[0], found.matched[0]) == (1, 1, 0)
+    odd = Prediction("a", "", 9, 9, "x", "c", "p", ((NAN, 0.0, 5.0, 5.0),), (), "", 0.0)
+    assert score([odd], 1)["by_size"] == {}
 
 
 def test_several_answers_count_as_their_mean_and_as_the_best():
@@ -146,6 +154,12 @@ def test_several_answers_count_as_their_mean_and_as_the_best():
     assert found["best_of_k"]["miou"]["value"] == pytest.approx(sum(p.iou for p in bests) / 40)
     assert found["best_of_k"]["acc@0.5"]["value"] == sum(p.iou > 0.5 for p in bests) / 40
     assert found["by_side"].keys() == {"left", "right", "none"}
+
+
+def test_the_best_answer_where_there_is_nothing_is_nothing():
+    false, true = (Prediction("a", "", 9, 9, "x", "c", "p", (), b, "", 0.0, sample=len(b)) for b in ((UNIT,), ()))
+    found = score([false, true], 1)
+    assert (found["metrics"]["absent"]["value"], found["best_of_k"]["absent"]["value"]) == (0.5, 1)
 
 
 def test_answers_of_one_record_have_one_truth():

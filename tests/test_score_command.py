@@ -85,6 +85,7 @@ def test_legacy_iou(tmp_path, capsys):
         ({"width": 0}, ":2: width: want a whole number of pixels >= 1; got 0"),
         ({"height": 9.5}, ":2: height"),
         ({"patient": 7}, ":2: patient: want a text that is not empty; got 7"),
+        ({"patient": ""}, ":2: patient: want a text that is not empty"),
         ({"id": ""}, ":2: id: want a text that is not empty"),
         ({"thought_boxes": [[1]]}, ":2: thought_boxes[0]: want four numbers"),
         ({"sample": -1}, ":2: sample: want a whole number >= 0; got -1"),
