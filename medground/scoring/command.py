@@ -43,7 +43,8 @@ class ScoreConfig:
     csv: str = ""
     """File to write the predictions into, as CSV; of --format medground."""
     coco: str = ""
-    """File to write the predictions into, as COCO results, with FILE.truth.json beside it; of --format medground."""
+    """File to write the predictions into, as COCO results, with what they answer to beside it, in a file that ends in
+    .truth.json; of --format medground."""
 
     def __post_init__(self) -> None:
         if (self.format == "coco") != bool(self.truth):

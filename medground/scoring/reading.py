@@ -152,7 +152,7 @@ def _parsed(path: Path, lines: list[tuple[int, bytes]], faults: Faults) -> tuple
     rows, numbers = [], []
     for number, line in lines:
         try:
-            rows.append(json.loads(line))
+            rows.append(json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8")))
             numbers.append(number)
         except (ValueError, RecursionError) as error:
             if line.strip():

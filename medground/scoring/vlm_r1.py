@@ -92,9 +92,9 @@ def check_claims(loaded: Loaded) -> dict[str, Any]:
     ]
     text = f"agrees with its boxes in {len(given) - len(off)} of {len(given)} results"
     if first:
-        listed = "; ".join(f"results[{f['result']}] says {f['correct']}, IoU {f['iou']:.3f}" for f in first)
-        more = f"; and {len(off) - SHOWN} more" if len(off) > SHOWN else ""
-        text += f"; not in {listed}{more} ({explained} of them as VLM-R1 computes IoU)"
+        text += f"; VLM-R1's own IoU explains {explained} of the other {len(off)}:"
+        text += "".join(f"\n  results[{f['result']}] says {f['correct']}, IoU {f['iou']:.3f}" for f in first)
+        text += f"\n  and {len(off) - SHOWN} more" if len(off) > SHOWN else ""
     out["correct"] = {"disagree": len(off), "explained": explained, "first": first, "text": text}
     return out
 
