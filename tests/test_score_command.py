@@ -100,6 +100,15 @@ def test_faults_are_named_by_file_line_and_field(tmp_path, capsys, change, named
     assert str(path) + named in refused(capsys, "score", path)
 
 
+@pytest.mark.parametrize("sampled", [{}, {"sample": 0}])
+def test_the_same_id_is_found_far_apart(tmp_path, capsys, sampled):
+    rows = [row(f"r{i}") for i in range(400)]
+    rows[2] |= sampled
+    path = write_rows(tmp_path / "a.jsonl", [*rows, row("r2"), row("new")])
+    told = refused(capsys, "score", path)
+    assert "1 fault " in told and f"{path}:401: id" in told and "(line 3 has" in told
+
+
 def test_every_faulty_line_is_named(tmp_path, capsys):
     path = tmp_path / "a.jsonl"
     line, less = json.dumps(row("a")), row("b")
