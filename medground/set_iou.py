@@ -5,7 +5,7 @@
 The evaluation's own: it shares no line with the reward that training optimises (`medground_kernels.box_iou`).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +55,21 @@ def box_ious(a: Floats, b: Floats) -> Floats:
     return np.where(valid[0] & valid[1] & np.isfinite(iou), iou, 0.0)
 
 
+def box_gious(a: Floats, b: Floats) -> Floats:
+    """Generalised IoU (Rezatofighi et al. 2019, arXiv:1902.09630), shapes as `box_ious`.
+
+    giou = iou - (|c| - |a | b|) / |c|, c the smallest box around a and b; above -1, at most 1. It is -1 where a box is
+    inverted, without area or not finite.
+    """
+    iou = box_ious(a, b)
+    with np.errstate(all="ignore"):
+        areas = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1)
+        around = (np.maximum(a[..., 2:], b[..., 2:]) - np.minimum(a[..., :2], b[..., :2])).prod(-1)
+        valid = (a[..., :2] < a[..., 2:]).all(-1) & (b[..., :2] < b[..., 2:]).all(-1)
+        giou = iou - (around - areas / (1 + iou)) / around  # |a | b| = (|a| + |b|) / (1 + iou)
+    return np.where(valid & np.isfinite(giou), giou, -1.0)
+
+
 def set_ious(pred: Floats, truth: Floats) -> Floats:
     """Set IoU of [A, p, 4] with [B, t, 4], all pairs: [A, B]; p and t >= 1."""
     (A, p, _), (B, t, _) = pred.shape, truth.shape
@@ -63,18 +78,18 @@ def set_ious(pred: Floats, truth: Floats) -> Floats:
     for start in range(0, A, rows):
         part = pred[start : start + rows]
         iou = box_ious(part[:, None, :, None], truth[None, :, None, :])  # [rows, B, p, t]
-        out[start : start + rows] = _matched_sum(iou if p <= t else iou.swapaxes(2, 3)) / max(p, t)
+        out[start : start + rows] = matched_sum(iou) / max(p, t)
     return out
 
 
-def _matched_sum(iou: Floats) -> Floats:
-    """Largest sum of a one-to-one matching in each [..., few, many] matrix, few <= many."""
-    few, many = iou.shape[-2:]
+def matched_sum(worth: Floats) -> Floats:
+    """Largest sum of a one-to-one matching in each [..., p, t] matrix of numbers >= 0; greedy as `set_iou` says."""
+    few, many = sorted(worth.shape[-2:])
     if few == 1:
-        return iou.max((-2, -1))
+        return worth.max((-2, -1))
     if few > EXACT_MATCHING:
-        flat = iou.reshape(-1, few, many)
-        return np.array([_greedy_sum(one) for one in flat]).reshape(iou.shape[:-2])
+        return _each(lambda one: float(sum(_greedy_picks(one))), worth)
+    iou = worth if worth.shape[-1] == many else worth.swapaxes(-2, -1)
     # best[mask]: the largest sum that the columns so far give to the rows in mask
     best = np.zeros((1 << few, *iou.shape[:-2]))
     for column in range(many):
@@ -86,10 +101,23 @@ def _matched_sum(iou: Floats) -> Floats:
     return best[-1]
 
 
-def _greedy_sum(iou: Floats) -> float:
-    iou, total = iou.copy(), 0.0
-    for _ in range(min(iou.shape)):
-        row, column = np.unravel_index(iou.argmax(), iou.shape)
-        total += float(iou[row, column])
-        iou[row], iou[:, column] = 0.0, 0.0
-    return total
+def matched_count(iou: Floats, threshold: float) -> Floats:
+    """Most pairs with IoU > threshold of a one-to-one matching in each [..., p, t] matrix; greedy as `set_iou` says."""
+    above = np.where(iou > threshold, iou, 0.0)
+    if min(iou.shape[-2:]) > EXACT_MATCHING:
+        return _each(lambda one: float(np.count_nonzero(_greedy_picks(one))), above)
+    return matched_sum((above > 0).astype(np.float64))
+
+
+def _each(rule: Callable[[Floats], float], matrices: Floats) -> Floats:
+    flat = matrices.reshape(-1, *matrices.shape[-2:])
+    return np.array([rule(one) for one in flat]).reshape(matrices.shape[:-2])
+
+
+def _greedy_picks(worth: Floats) -> list[float]:
+    worth, picks = worth.copy(), []
+    for _ in range(min(worth.shape)):
+        row, column = np.unravel_index(worth.argmax(), worth.shape)
+        picks.append(float(worth[row, column]))
+        worth[row], worth[:, column] = 0.0, 0.0
+    return picks

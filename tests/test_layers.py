@@ -41,6 +41,9 @@ EXCEPTIONS = {
     ("export", "medground.lora"): "adapters are exported",
     ("eval_folder", "medground.run_folder"): "it is held and written as a run's is",
     ("scoring", "medground.set_iou"): "metrics are means of it; it is a leaf: numpy and the type of a box",
+    ("scoring", "medground.datasets.faults"): "files of predictions are checked as data sets are; a leaf",
+    ("scoring", "medground.datasets.json_items"): "and read; a leaf: json and faults",
+    ("scoring", "medground.datasets.inventory"): "exports appear whole; a leaf: files and records",
     ("varlen_attention", "flash_attn"): "the fastest attention; imported on CUDA, where it is installed",
 }
 """(room, module) -> why that one import is right."""
