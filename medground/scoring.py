@@ -27,7 +27,7 @@ import numpy as np
 from medground.records import Box, Example
 from medground.set_iou import Floats, box_array, box_ious, set_iou, set_ious
 
-__all__ = ["Prediction", "blind_baseline", "score", "set_iou", "side_word"]
+__all__ = ["Prediction", "blind_answers", "blind_baseline", "clustered_means", "score", "set_iou", "side_word"]
 
 THRESHOLDS = (0.3, 0.5, 0.7)
 CATEGORY_METRICS = ("miou", "acc@0.5")
@@ -91,7 +91,7 @@ def score(predictions: Sequence[Prediction], resamples: int = 10_000, seed: int 
     parts = [(category, name) for category in categories for name in CATEGORY_METRICS]
     split = [np.where(of_category == category, columns[name], np.nan) for category, name in parts]
     patients = [p.patient for p in predictions]
-    estimates = _estimates(np.stack([*columns.values(), *split], axis=1), patients, resamples, seed)
+    estimates = clustered_means(np.stack([*columns.values(), *split], axis=1), patients, resamples, seed)
     by_category: dict[str, dict[str, Any]] = {category: {} for category in categories}
     for (category, name), estimate in zip(parts, estimates[len(columns) :], strict=True):
         by_category[category][name] = estimate
@@ -116,6 +116,22 @@ def blind_baseline(train: Sequence[Example], test: Sequence[Example]) -> dict[st
     Raises:
         ValueError: no training record has a box, or test is empty.
     """
+    predictions = [
+        Prediction(
+            example.id, example.image, example.width, example.height, example.phrase, example.category,
+            example.patient, example.boxes, boxes, "", 0.0,
+        )
+        for example, boxes in zip(test, blind_answers(train, test), strict=True)
+    ]  # fmt: skip
+    return score(predictions)
+
+
+def blind_answers(train: Sequence[Example], test: Sequence[Example]) -> list[tuple[Box, ...]]:
+    """What `blind_baseline` answers to each record of `test`, original boxes.
+
+    Raises:
+        ValueError: no training record has a box.
+    """
     seen: dict[Hashable, list[Floats]] = {}
     for example in train:
         if example.boxes:
@@ -124,20 +140,14 @@ def blind_baseline(train: Sequence[Example], test: Sequence[Example]) -> dict[st
                 seen.setdefault(key, []).append(fractions)
     if not seen:
         raise ValueError(f"want a training record with a box for the blind baseline; got {len(train)} without")
-    answers: dict[Hashable, Floats] = {}
-    predictions = []
+    constants: dict[Hashable, Floats] = {}
+    answers = []
     for example in test:
         key = next(key for key in _blind_keys(example) if key in seen)
-        if key not in answers:
-            answers[key] = _best_constant(seen[key])
-        boxes = tuple((x1, y1, x2, y2) for x1, y1, x2, y2 in (answers[key] * _extent(example)).tolist())
-        predictions.append(
-            Prediction(
-                example.id, example.image, example.width, example.height, example.phrase, example.category,
-                example.patient, example.boxes, boxes, "", 0.0,
-            )
-        )  # fmt: skip
-    return score(predictions)
+        if key not in constants:
+            constants[key] = _best_constant(seen[key])
+        answers.append(tuple((x1, y1, x2, y2) for x1, y1, x2, y2 in (constants[key] * _extent(example)).tolist()))
+    return answers
 
 
 def side_word(phrase: str) -> str:
@@ -191,8 +201,18 @@ _METRICS: dict[str, Callable[[Prediction], float]] = {
 }
 
 
-def _estimates(scores: Floats, patients: Sequence[str], resamples: int, seed: int) -> list[dict[str, Any]]:
-    """Mean and interval of each column of `scores` [records, M]; nan where a metric does not apply."""
+def clustered_means(scores: Floats, patients: Sequence[str], resamples: int, seed: int) -> list[dict[str, Any]]:
+    """Mean and 95 % interval of each column, resampled by patient.
+
+    Args:
+        scores: [records, M], float64; nan where a metric does not apply.
+        patients: of each record.
+        resamples: bootstrap resamples, >= 1.
+        seed: of the bootstrap.
+
+    Returns:
+        An estimate of each column, as `score` has them.
+    """
     names, cluster = np.unique(np.array(patients), return_inverse=True)
     M, patients_count = scores.shape[1], len(names)
     applies = ~np.isnan(scores)

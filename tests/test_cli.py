@@ -18,7 +18,12 @@ from medground.presets import PRESETS
     [["--help"], ["train", "--help"], ["train", "demo", "--help"], ["data", "phantom", "--help"], ["base", "--help"]]
     + [["demo", "--help"], ["report", "--help"], ["data", "prepare", "ms-cxr", "--help"]]
     + [["plan", "--help"], ["plan", "demo", "--help"]]
-    + [["data", "audit", "--help"], ["prompt", "--help"], ["encoders", "check", "--help"]],
+    + [
+        ["data", "audit", "--help"],
+        ["audit", "rewards", "--help"],
+        ["prompt", "--help"],
+        ["encoders", "check", "--help"],
+    ],
 )
 def test_help_needs_no_torch(words: list[str]):
     # torch takes seconds to import; help must come at once
