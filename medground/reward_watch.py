@@ -1,4 +1,4 @@
-"""Whether rewards still mean what they are for, step by step: rank correlation with IoU, and rewards that leave it.
+"""Whether rewards still mean what they are for, step by step: sizes of boxes, rank correlation with IoU, divergence.
 
 Over the newest 2 WINDOW steps let dr and di be how much the mean of the second half lies above that of the first, of
 the step's mean reward and of its mean IoU, and se the standard error of such a difference, from the spread of the steps
@@ -12,16 +12,26 @@ starts anew, so that one turn is told once.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean, variance
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 
+from medground.records import Answer, Group
+
+if TYPE_CHECKING:
+    from medground.rewards.total import Rewards
+    from medground.sharding import Ranks
+
 WINDOW = 10
-BOUND = 2.0
+BOUND = 3.0
+WHOLE, TINY = 0.9, 0.001
+"""Shares of the image above which a box is the whole image, and below which it is tiny."""
 
 
 def rank_correlation(a: ArrayLike, b: ArrayLike) -> float | None:
@@ -39,6 +49,40 @@ def rank_correlation(a: ArrayLike, b: ArrayLike) -> float | None:
 def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
     _, place, count = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(count) - (count - 1) / 2)[place]
+
+
+def answer_metrics(
+    groups: Sequence[Group], answers: Sequence[Sequence[Answer]], rewards: Rewards, ranks: Ranks
+) -> dict[str, float | None]:
+    """How large a step's boxes are and how its rewards go with IoU, over all ranks; every rank must call it.
+
+    Args:
+        groups: of this rank, as are the next two.
+        answers: what they say, boxes in original pixels, within the image.
+        rewards: what they earned.
+        ranks: to add up over.
+
+    Returns:
+        `box_area`, `whole_boxes`, `tiny_boxes` and `reward_iou_corr` (docs/run_folder.md); None where there is no box,
+        or no spread to go with.
+    """
+    shares = [
+        max(x2 - x1, 0.0) * max(y2 - y1, 0.0) / (group.prompt.example.width * group.prompt.example.height)
+        for group, said in zip(groups, answers, strict=True)
+        for answer in said
+        for x1, y1, x2, y2 in answer.boxes or ()
+    ]
+    mine = (len(shares), sum(shares), sum(s > WHOLE for s in shares), sum(s < TINY for s in shares))
+    pairs = torch.stack([rewards.total, rewards.iou], -1).flatten(0, -2).tolist()
+    gathered = ranks.gather((mine, pairs))
+    boxes, area, whole, tiny = (sum(column) for column in zip(*(counts for counts, _ in gathered), strict=True))
+    paid, iou = zip(*itertools.chain.from_iterable(found for _, found in gathered), strict=True)
+    return {
+        "box_area": float(area / boxes) if boxes else None,
+        "whole_boxes": whole / boxes if boxes else None,
+        "tiny_boxes": tiny / boxes if boxes else None,
+        "reward_iou_corr": rank_correlation(paid, iou),
+    }
 
 
 class RewardWatch:
