@@ -190,11 +190,13 @@ def _matched_kernel(pred_ptr, pred_count_ptr, truth_ptr, truth_count_ptr, out_pt
 def _matched_torch(pred: Tensor, pred_count: Tensor, truth: Tensor, truth_count: Tensor) -> Tensor:
     """The kernel's search, all L pairs of sets at once; one whose search is over waits for the others."""
     L, P, M = len(pred), pred.shape[1], truth.shape[1]
-    C = max(P, M, 1)
-    cols, every = torch.arange(C, device=pred.device), torch.arange(L, device=pred.device)
-    iou = pred.new_zeros(L, C, C, dtype=torch.float64)
+    if P > M:  # a path for each of the fewer: one answer of 50 boxes would make all wait for 50
+        return _matched_torch(truth, truth_count, pred, pred_count)
+    C = max(M, 1)
+    rows, cols, every = (torch.arange(n, device=pred.device) for n in (max(P, 1), C, L))
+    iou = pred.new_zeros(L, len(rows), C, dtype=torch.float64)
     iou[:, :P, :M] = box_iou_reference(pred.double(), truth.double())
-    iou.masked_fill_((cols >= pred_count[:, None])[:, :, None] | (cols >= truth_count[:, None])[:, None], 0.0)
+    iou.masked_fill_((rows >= pred_count[:, None])[:, :, None] | (cols >= truth_count[:, None])[:, None], 0.0)
     price, owner = iou.new_zeros(L, C), cols.new_full((L, C), -1)
     for row in range(P):
         distance = -iou[:, row] - price

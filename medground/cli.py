@@ -23,6 +23,7 @@ commands:
   data phantom    draw a data set of phantom chest films
   data prepare SOURCE   turn an original data set into records: ms-cxr, chestxray8, m3d-refseg, coco, vlm-r1, csv
   data audit DIR  check a data set, and measure what a guess without looking reaches
+  audit rewards   see what degenerate answers earn under a reward, before training with it
   base            build the small base model of the demo
   prompt          print what the model is asked, for a template, a phrase, an image
   encoders check NAME   see whether an encoder knows true crops from others, for the semantic reward
@@ -212,12 +213,13 @@ _SOURCES = {  # name -> file of medground/datasets, its options, its function
     "vlm-r1": ("vlm_r1", "VlmR1Config", "prepare_vlm_r1"),
     "csv": ("own_csv", "OwnCsvConfig", "prepare_csv"),
 }
-_TWO_WORDS = ("data", "encoders")
+_TWO_WORDS = ("data", "encoders", "audit")
 """Verbs that want a second word."""
 
 _VERBS = {  # name -> module of its options, their class, module of its function ("" for the same), the function
     "data phantom": ("datasets.phantom", "PhantomConfig", "", "write_phantom"),
     "data audit": ("audit.audit", "AuditConfig", "", "run_audit"),
+    "audit rewards": ("audit.rewards", "RewardAuditConfig", "", "run_reward_audit"),
     "base": ("base_config", "BaseConfig", "base_model", "build_base"),
     "prompt": ("show_prompt", "ShowPromptConfig", "", "show_prompt"),
     "encoders build": ("encoder_tools", "BuildConfig", "", "build_encoder"),

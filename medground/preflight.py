@@ -24,7 +24,7 @@ from medground.policy import check_model
 from medground.prompts import Processor, load_processor, prompt_tokens
 from medground.records import Example
 from medground.rewards.custom import load_custom
-from medground.rewards.encoders import load_encoder
+from medground.rewards.encoders import Encoder, load_encoder
 from medground.rollout.engine import Limits, plan_cache
 from medground.run_folder import check_folder
 from medground.sharding import Ranks, SharedError, compute_dtype
@@ -41,6 +41,7 @@ class Checked(NamedTuple):
         model_folder: on this machine.
         processor: of the model.
         limits: of decoding.
+        encoder: of the semantic reward, on this rank's device; None without one.
     """
 
     splits: Splits
@@ -49,6 +50,7 @@ class Checked(NamedTuple):
     model_folder: Path
     processor: Processor
     limits: Limits
+    encoder: Encoder | None
 
 
 def check_job(config: Config, ranks: Ranks) -> Checked:
@@ -76,8 +78,7 @@ def check_job(config: Config, ranks: Ranks) -> Checked:
             need_peft()
         if config.reward.custom:
             load_custom(config.reward.custom)
-        if config.reward.semantic_weight:
-            load_encoder(config.reward.encoder)  # to see whether it can be: seconds, once
+        encoder = load_encoder(config.reward.encoder, ranks.device) if config.reward.semantic_weight else None
         if config.optimizer.kind == "adamw-8bit":
             need_torchao()
         processor = load_processor(model_folder, config.data.min_pixels, config.data.max_pixels)
@@ -88,7 +89,7 @@ def check_job(config: Config, ranks: Ranks) -> Checked:
         limits = limits_of(config, examples, processor, model_folder, compute_dtype(ranks, config.model.precision))
         here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
         check_shared_memory(config.data.workers, B // ranks.size, limits.longest_prompt, here)
-        return Checked(splits, order, data_hash, model_folder, processor, limits)
+        return Checked(splits, order, data_hash, model_folder, processor, limits, encoder)
 
     return ranks.together(check)
 

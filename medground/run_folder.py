@@ -11,12 +11,13 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from tqdm import tqdm
 
 from medground import __version__
 from medground.config import Config, differing_fields, load_config, save_config
@@ -94,7 +95,7 @@ class RunFolder:
         """
         self.path = Path(config.out)
         try:
-            for part in ("samples", "checkpoints", "eval", "skipped", "tensorboard"):
+            for part in ("samples", "checkpoints", "eval", "skipped", "audit", "tensorboard"):
                 (self.path / part).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"{error.filename}: want a folder that can be written; got: {error.strerror}") from None
@@ -111,21 +112,23 @@ class RunFolder:
             for file in (self.path / part).glob("step-*"):
                 if int(re.match(r"step-(\d+)", file.name)[1]) > step:  # type: ignore[index]
                     file.unlink()
-        path = self.path / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        # a line that a crash cut short is past the checkpoint too
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        _write_text(path, "".join(kept))
-        self._metrics = path.open("a")
+        for name in ("metrics.jsonl", "warnings.jsonl"):
+            path = self.path / name
+            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+            # a line that a crash cut short is past the checkpoint too
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            if lines or name == "metrics.jsonl":
+                _write_text(path, "".join(kept))
+        self._metrics = (self.path / "metrics.jsonl").open("a")
         self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
 
     def has(self, name: str) -> bool:
         """Whether the folder holds a file."""
         return (self.path / name).exists()
 
-    def log(self, metrics: dict[str, float]) -> None:
+    def log(self, metrics: Mapping[str, Any]) -> None:
         """Append a step to metrics.jsonl and TensorBoard; what is not finite is null there and missing here."""
-        finite = _finite(metrics)
+        finite = _finite(dict(metrics))
         self._metrics.write(json.dumps(finite) + "\n")
         self._metrics.flush()
         os.fsync(self._metrics.fileno())  # before a checkpoint says that the step is done
@@ -133,6 +136,14 @@ class RunFolder:
             if name != "step" and value is not None:
                 self._board.add_scalar(name, value, int(metrics["step"]))
         self._board.flush()
+
+    def warn(self, step: int, text: str) -> None:
+        """Append a warning about a step to warnings.jsonl, and say it on standard error."""
+        tqdm.write(f"medground: step {step}: {text}", file=sys.stderr)
+        with (self.path / "warnings.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, "text": text}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def log_held_out(self, step: int, metrics: dict[str, Any]) -> None:
         """Append an evaluation's values to TensorBoard."""

@@ -23,6 +23,7 @@ from transformers import Qwen2_5_VLConfig
 
 from medground.adamw import set_learning_rate
 from medground.asking import asking_of
+from medground.audit.rewards import brief_audit, warnings_of
 from medground.augmentation import never_mirrored
 from medground.build import Score, build_optimizer, build_policy, build_reference
 from medground.checkpoint import Checkpoints
@@ -43,6 +44,7 @@ from medground.preflight import check_job
 from medground.prompts import question_text
 from medground.records import Group, Prompt
 from medground.report.page import write_report
+from medground.reward_watch import RewardWatch, answer_metrics
 from medground.rewards.total import Scorer, group_means
 from medground.rollout.cache import Sampling
 from medground.rollout.engine import Engine
@@ -70,7 +72,7 @@ def train(config: Config) -> None:
         Interruption() as interruption,
     ):
         config = replace(config, resume=config.resume or ranks.any(restarted(config)))
-        splits, order, data_hash, model_folder, processor, limits = check_job(config, ranks)
+        splits, order, data_hash, model_folder, processor, limits, encoder = check_job(config, ranks)
         asked, config = config, config.in_steps(len(splits.train))
         ranks = ranks.arranged(config.sharding.replicas)
         held = ranks.together(lambda: RunFolder(config) if ranks.is_first else None)
@@ -104,8 +106,11 @@ def train(config: Config) -> None:
                 described["records_never_mirrored"] = never_mirrored(splits.train)
             if run:
                 run.start(asked, described, done)
+            limit = config.rollout.max_new_tokens
+            scorer = Scorer(config.reward, config.prompt.template, limit, ranks.device, splits.train, encoder)
+            _audit_rewards(scorer, make, splits, config, ranks, run)
             batches = prompts_of_steps(training, order, config, ranks, done)
-            if not _steps(asker, batches, reference, optimizer, splits, run, checkpoints, done, facts):
+            if not _steps(asker, batches, reference, optimizer, scorer, splits, run, checkpoints, done, facts):
                 return
             ranks.progress.now("export")
             asking = asking_of(config, policy.vlm.config.model_type)
@@ -122,6 +127,7 @@ def _steps(
     batches: Iterator[list[Prompt]],
     reference: Score | None,
     optimizer: torch.optim.Optimizer,
+    scorer: Scorer,
     splits: Splits,
     run: RunFolder | None,
     checkpoints: Checkpoints,
@@ -133,9 +139,9 @@ def _steps(
     bar = tqdm(range(done, config.steps + 1), initial=done, total=config.steps, desc="GRPO", disable=not ranks.is_first)
     network, peak = network_of(policy), peak_of(ranks, compute_dtype(ranks, config.model.precision))
     saving, saved, skipped = 0.0, done, facts.get("skipped", 0)
-    limit = config.rollout.max_new_tokens
-    scorer = Scorer(config.reward, config.prompt.template, limit, ranks.device, splits.train)
+    rewards_watch = RewardWatch()
     scorer.load(facts)
+    rewards_watch.load(facts)
     try:
         for step in bar:  # the weights are those after `step` steps
             asker.interruption.agree(ranks)
@@ -173,16 +179,20 @@ def _steps(
             updated = _update(policy, optimizer, micro, trained, config, ranks, step, clock)
             clock.lap("update")
 
-            metrics = {"step": step + 1} | totals.means | updated | clock.seconds(totals)
+            of_answers = answer_metrics(groups, answers, rewards, ranks)
+            metrics = {"step": step + 1} | totals.means | of_answers | updated | clock.seconds(totals)
+            warning = rewards_watch.observe(totals.means["reward"], totals.means["iou"])
             if scorer.threshold is not None:  # that this step was scored by
                 metrics["threshold"] = scorer.threshold
                 scorer.observe([pair for share in ranks.gather(group_means(rewards)) for pair in share])
             if run:
                 run.log(metrics)
+                if warning:
+                    run.warn(step + 1, warning)
                 bar.set_postfix_str(f"reward {metrics['reward']:.3f}, IoU {metrics['iou']:.3f}")
             skipped = skipped + 1 if updated["skipped_updates"] else 0
             parts = ["skipped"] if skipped else []
-            if (step + 1) % config.samples_every == 0 or step in (0, config.steps - 1):
+            if (step + 1) % config.samples_every == 0 or step in (0, config.steps - 1) or warning:
                 parts.append("samples")
             if parts:
                 shares = ranks.gather(sample_rows(groups, answers, rewards, advantages))
@@ -197,19 +207,40 @@ def _steps(
                 )
             start = time.perf_counter()
             if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.steps:
-                checkpoints.save(step + 1, policy, optimizer, {"skipped": skipped} | scorer.state())
+                checkpoints.save(
+                    step + 1, policy, optimizer, {"skipped": skipped} | scorer.state() | rewards_watch.state()
+                )
                 saved = step + 1
             saving = time.perf_counter() - start
         checkpoints.wait()
     except InterruptedRun as signal:
         ranks.progress.now("checkpoint", f"step {step}")
         if step > saved:
-            checkpoints.save(step, policy, optimizer, {"skipped": skipped} | scorer.state())
+            checkpoints.save(step, policy, optimizer, {"skipped": skipped} | scorer.state() | rewards_watch.state())
         checkpoints.wait()
         if ranks.is_first:
             print(f"medground: {signal}: ended after {step} of {config.steps} steps; --resume goes on", file=sys.stderr)
         return False
     return True
+
+
+def _audit_rewards(
+    scorer: Scorer, make: PromptMaker, splits: Splits, config: Config, ranks: Ranks, run: RunFolder | None
+) -> None:
+    """Try the reward on a few degenerate answers, once a run, and say which of them it pays for.
+
+    Raises:
+        SharedError: a reward of the user's own failed.
+    """
+    ranks.progress.now("audit")
+    fresh = run and not run.has("audit/rewards.json")
+    found = ranks.together(
+        lambda: brief_audit(scorer, make, splits.train, config.reward, config.seed) if fresh else None
+    )
+    if run and found:
+        run.write_json("audit/rewards.json", found)
+        for line in warnings_of(found):
+            print(f"medground: {line}", file=sys.stderr)
 
 
 class DivergedError(RuntimeError):

@@ -18,7 +18,7 @@ METRICS = (
 )  # fmt: skip
 SERIES = (
     "reward", "iou", "entropy", "kl", "clip_low", "clip_high", "grad_norm", "lr", "completion_length", "truncated",
-    "tokens_per_second", "logp_gap",
+    "tokens_per_second", "logp_gap", "box_area", "whole_boxes", "tiny_boxes", "reward_iou_corr",
 )  # fmt: skip
 
 

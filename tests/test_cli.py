@@ -20,7 +20,7 @@ from medground.presets import PRESETS
     + [["plan", "--help"], ["plan", "demo", "--help"]]
     + [["data", "audit", "--help"], ["prompt", "--help"], ["encoders", "check", "--help"]]
     + [["eval", "--help"], ["predict", "--help"], ["watch", "--help"], ["score", "--help"]]
-    + [["eval", "compare", "--help"]],
+    + [["eval", "compare", "--help"], ["audit", "rewards", "--help"]],
 )
 def test_help_needs_no_torch(words: list[str]):
     # torch takes seconds to import; help must come at once

@@ -92,13 +92,28 @@ def test_hostile_texts_stay_texts(finished):
     assert "more characters in the predictions file" in hostile["after"]["text"]
 
 
+def test_warnings_are_listed_where_there_are_any(tmp_path):
+    run, data = start_run(tmp_path)
+    assert 'id="warnings"' not in report(run, data)
+    (run / "warnings.jsonl").write_text(json.dumps({"step": 3, "text": "the reward rises " + HOSTILE}) + "\n")
+    (run / "audit").mkdir()
+    row = {"cheat": "whole image", "reward": 0.61, "jittered_truth": 0.55, "records": "present"}
+    (run / "audit" / "rewards.json").write_text(json.dumps({"cheats_above_jittered_truth": [row]}))
+    html = report(run, data)
+    page = Page(html)
+    shown = [text for _, text in page.texts]
+    assert "step 3: the reward rises " + HOSTILE in shown
+    assert "before training: whole image earns 0.610, a truth 25 % off 0.550 (something to find)" in shown
+    assert len(page.all("script")) == 1
+
+
 def test_headline_numbers_and_controls_are_there(finished):
     html = report(*finished)
     for text in ("0.123", "0.568", "0.468\u20130.668", "0.234", "0.346", "56.8\u202f%", "2-core CPU", "4 steps"):
         assert text in html, text
     assert "In progress" not in html
     page = Page(html)
-    assert len(page.all("figure", **{"class": "chart"})) == 14
+    assert len(page.all("figure", **{"class": "chart"})) == 16
     assert html.count("not recorded") == 0
     cards = page.all("button", **{"class": "film"})
     assert len(cards) == 12

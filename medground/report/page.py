@@ -46,6 +46,7 @@ def render(run: Path, data: Sequence[str], script: str = "") -> bytes:
     sections = [
         _header(files),
         _results(files),
+        _warnings(files),
         _section("training", "Training", training_charts(files) if files.metrics else _nothing("No step yet.")),
         _section("films", "Test films", gallery(files, data)),
         _section("setup", "Setup", _setup(files, data)),
@@ -129,6 +130,18 @@ def _results(run: RunFiles) -> str:
     categories = category_table(run)
     detail = f'<div class="pair"><div>{categories}</div>{threshold_chart(run.films)}</div>' if categories else ""
     return _section("results", "Results", f"{lead}{tiles(run)}{headline_table(run)}{notes(run)}{detail}")
+
+
+def _warnings(run: RunFiles) -> str:
+    """What the audit of the reward and the watch on it warned of; "" where neither did."""
+    lines = [f"step {row['step']}: {row['text']}" for row in run.warnings]
+    for row in (run.audit or {}).get("cheats_above_jittered_truth", ()):
+        lines.append(
+            f"before training: {row['cheat']} earns {row['reward']:.3f}, a truth 25 % off {row['jittered_truth']:.3f} "
+            f"({'something' if row['records'] == 'present' else 'nothing'} to find)"
+        )
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return _section("warnings", "Warnings", f'<ul class="progress">{items}</ul>') if lines else ""
 
 
 def _setup(run: RunFiles, data: Sequence[str]) -> str:

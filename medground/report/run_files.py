@@ -46,6 +46,8 @@ class RunFiles:
             asked for them; those that exist.
         films: records of the test split, in the order of the evaluation.
         summary: summary.json; None while the run goes on.
+        warnings: lines of warnings.jsonl.
+        audit: audit/rewards.json; None without one.
     """
 
     config: Config
@@ -55,6 +57,8 @@ class RunFiles:
     evaluations: Mapping[str, Row]
     films: list[Film]
     summary: Row | None
+    warnings: list[Row]
+    audit: Row | None
 
     @property
     def steps_done(self) -> int:
@@ -77,7 +81,7 @@ def read_run(run: Path) -> RunFiles:
         files |= {"after": whole.get((last, "")), "after_shuffled": whole.get((last, ".shuffled"))}
     files |= {"before_shuffled": whole.get((0, ".shuffled"))}
     found = {name: path for name, path in files.items() if path is not None}
-    summary = run / "summary.json"
+    summary, audit = run / "summary.json", run / "audit" / "rewards.json"
     return RunFiles(
         config=load_config(run / "config.json"),
         environment=_json(run / "environment.json"),
@@ -86,6 +90,8 @@ def read_run(run: Path) -> RunFiles:
         evaluations=_asked_later(run) | _baselines(run) | {name: _json(path) for name, path in found.items()},
         films=_films(*(_predictions(found.get(name)) for name in ("before", "after"))),
         summary=_json(summary) if summary.exists() else None,
+        warnings=_lines(run / "warnings.jsonl"),
+        audit=_json(audit) if audit.exists() else None,
     )
 
 

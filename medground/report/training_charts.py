@@ -30,11 +30,18 @@ def training_charts(run: RunFiles) -> str:
         series("groups that all earned the same", "zero_spread_groups", 1),
         series("completions cut", "truncated", 4),
     ]
+    boxes = [
+        series("mean share of the image", "box_area"),
+        series("whole image, as a fraction", "whole_boxes", 1),
+        series("tiny, as a fraction", "tiny_boxes", 4),
+    ]
     clips = [series("clipped below", "clip_low", 1), series("clipped above", "clip_high", 4)]
     figures = [
         held_out_chart(run.curve),
         line_chart("IoU of sampled completions", overlap, floor=0.0),
         line_chart("Reward: weighted sum, and parts before their weights", rewards, floor=0.0),
+        line_chart("Boxes of the samples", boxes, floor=0.0),
+        single("Rank correlation of reward and IoU", "reward_iou_corr", None),
         single("Tokens per completion", "completion_length"),
         line_chart("Groups without spread, completions cut", waste, floor=0.0),
         single("Entropy, nats per token", "entropy"),

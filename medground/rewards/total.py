@@ -17,7 +17,7 @@ from medground.records import Answer, Example, Group
 from medground.rewards.batch import Batch, batch_of
 from medground.rewards.curriculum import Curriculum
 from medground.rewards.custom import custom_reward, load_custom
-from medground.rewards.encoders import load_encoder
+from medground.rewards.encoders import Encoder, load_encoder
 from medground.rewards.format import format_reward
 from medground.rewards.length import length_reward
 from medground.rewards.semantic import prior_of, semantic_reward
@@ -55,6 +55,7 @@ class Scorer:
         max_new_tokens: int,
         device: torch.device | str = "cpu",
         examples: Sequence[Example] = (),
+        encoder: Encoder | None = None,
     ) -> None:
         """Set it up.
 
@@ -64,6 +65,7 @@ class Scorer:
             max_new_tokens: the token limit of completions.
             device: where boxes are compared and crops encoded.
             examples: the training records, from which the semantic reward knows its categories.
+            encoder: the configuration's, where it is loaded already.
 
         Raises:
             ValueError: the user's function or the encoder cannot be loaded.
@@ -71,7 +73,7 @@ class Scorer:
         self._config, self._template, self._limit, self._device = config, template, max_new_tokens, device
         self._curriculum = Curriculum(config)
         self._custom = load_custom(config.custom) if config.custom else None
-        self._encoder = load_encoder(config.encoder, device) if config.semantic_weight else None
+        self._encoder = (encoder or load_encoder(config.encoder, device)) if config.semantic_weight else None
         self._prior = prior_of(examples)
 
     def __call__(self, groups: Sequence[Group], answers: Sequence[Sequence[Answer]]) -> Rewards:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from medground.records import Example
+from medground.records import Box, Example
 from medground.scoring.prediction import Prediction, side_word
 from medground.scoring.scores import score
 from medground.set_iou import Floats, box_array, set_ious
@@ -31,6 +31,22 @@ def blind_baseline(train: Sequence[Example], test: Sequence[Example]) -> dict[st
     Raises:
         ValueError: no training record has a box, or test is empty.
     """
+    predictions = [
+        Prediction(
+            example.id, example.image, example.width, example.height, example.phrase, example.category,
+            example.patient, example.boxes, boxes, "", 0.0,
+        )
+        for example, boxes in zip(test, blind_answers(train, test), strict=True)
+    ]  # fmt: skip
+    return score(predictions)
+
+
+def blind_answers(train: Sequence[Example], test: Sequence[Example]) -> list[tuple[Box, ...]]:
+    """What `blind_baseline` answers to each record of `test`, original boxes.
+
+    Raises:
+        ValueError: no training record has a box.
+    """
     seen: dict[Hashable, list[Floats]] = {}
     for example in train:
         if example.boxes:
@@ -39,20 +55,14 @@ def blind_baseline(train: Sequence[Example], test: Sequence[Example]) -> dict[st
                 seen.setdefault(key, []).append(fractions)
     if not seen:
         raise ValueError(f"want a training record with a box for the blind baseline; got {len(train)} without")
-    answers: dict[Hashable, Floats] = {}
-    predictions = []
+    constants: dict[Hashable, Floats] = {}
+    answers = []
     for example in test:
         key = next(key for key in _blind_keys(example) if key in seen)
-        if key not in answers:
-            answers[key] = _best_constant(seen[key])
-        boxes = tuple((x1, y1, x2, y2) for x1, y1, x2, y2 in (answers[key] * _extent(example)).tolist())
-        predictions.append(
-            Prediction(
-                example.id, example.image, example.width, example.height, example.phrase, example.category,
-                example.patient, example.boxes, boxes, "", 0.0,
-            )
-        )  # fmt: skip
-    return score(predictions)
+        if key not in constants:
+            constants[key] = _best_constant(seen[key])
+        answers.append(tuple((x1, y1, x2, y2) for x1, y1, x2, y2 in (constants[key] * _extent(example)).tolist()))
+    return answers
 
 
 def _extent(example: Example) -> Floats:

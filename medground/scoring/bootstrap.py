@@ -6,7 +6,7 @@ all its records; every group of records sees the same draws.
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -84,6 +84,34 @@ def interval(values: Floats) -> tuple[Floats, Floats]:
         low, high = (np.take_along_axis(ordered, at[None], 0)[0] for at in (below, np.minimum(below + 1, last)))
         bounds.append(low + (high - low) * (place - below))
     return bounds[0], bounds[1]
+
+
+def clustered_means(scores: Floats, patients: Sequence[str], resamples: int, seed: int) -> list[dict[str, Any]]:
+    """Mean and 95 % interval of each column, resampled by patient.
+
+    Args:
+        scores: [records, M], float64; nan where a metric does not apply.
+        patients: of each record.
+        resamples: bootstrap resamples, >= 1.
+        seed: of the bootstrap.
+
+    Returns:
+        An estimate of each column, as `scores.score` has them.
+    """
+    names, patient = np.unique(np.array(patients), return_inverse=True)
+    M, applies = scores.shape[1], ~np.isnan(scores)
+    counts = np.concatenate([np.where(applies, scores, 0.0), applies], axis=1)
+    (group,) = group_sums(patient, np.zeros_like(patient), 1, list(counts.T))
+    (drawn,) = resampled_sums([group], len(names), resamples, seed)
+    with np.errstate(invalid="ignore"):
+        low, high = interval(drawn[:, :M] / drawn[:, M:])
+    total, n = group.sums[:, :M].sum(0), group.sums[:, M:].sum(0)
+    return [
+        {"value": float(total[m] / n[m]), "low": float(low[m]), "high": float(high[m]), "n": int(n[m])}
+        if n[m]
+        else {"value": None, "low": None, "high": None, "n": 0}
+        for m in range(M)
+    ]
 
 
 def _draws(patients: int, resamples: int, seed: int) -> Iterator[tuple[int, Floats]]:
