@@ -17,12 +17,13 @@ comma := ,
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 EXTRAS := $(if $(HAS_GPU),dev$(comma)gpu,dev)
 
-.PHONY: help setup test chaos demo mutate lint types bench bench-kernels bench-check gpu clean
+.PHONY: help setup test coverage chaos demo mutate lint types bench bench-kernels bench-check gpu clean
 
 help:
 	@echo "make setup   make the environment .venv (PYTHON=python3.12 picks the interpreter)"
 	@echo "make demo    train, evaluate and show a small model: runs/demo/"
-	@echo "make test    run every test and print the coverage (ARGS='-k records' narrows it)"
+	@echo "make test    run every test (ARGS='-k records' narrows it)"
+	@echo "make coverage  the same, and what lines no test runs; takes nearly twice as long"
 	@echo "make chaos   kill runs of two ranks at 50 random moments; they have to come to the same (20 minutes)"
 	@echo "make mutate  change the kernels line by line and count what the tests notice (ARGS=token_logprob narrows it)"
 	@echo "make lint    check style, imports and types"
@@ -74,8 +75,13 @@ $(LINK):
 	@mkdir -p $(@D) && ln -sfn ../kernels $@
 
 # a process for each core, of one thread each: threads of several processes would wait for one another
+TESTS := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder --durations=10
+
 test: setup
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder --cov --durations=10 $(ARGS)
+	$(TESTS) $(ARGS)
+
+coverage: setup
+	$(TESTS) --cov $(ARGS)
 
 chaos: setup
 	$(PY) tests/chaos.py $(ARGS)

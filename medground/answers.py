@@ -46,9 +46,14 @@ def parse_answer(text: str) -> Answer:
 
 def render_answer(boxes: tuple[Box, ...], thought: str) -> str:
     """The completion that `parse_answer` reads back: boxes in the model's coordinates, rounded to integers."""
-    items = ", ".join('{"bbox_2d": [' + ", ".join(str(round(v)) for v in box) + "]}" for box in boxes)
+    items = ", ".join(map(render_box, boxes))
     answer = items if len(boxes) == 1 else f"[{items}]"
     return f"<think>{thought}</think><answer>{answer}</answer>"
+
+
+def render_box(box: Box) -> str:
+    """A box as answers and thoughts name it: in the model's coordinates, rounded to integers."""
+    return '{"bbox_2d": [' + ", ".join(str(round(v)) for v in box) + "]}"
 
 
 def _answer_block(text: str, problems: list[Problem]) -> str | None:

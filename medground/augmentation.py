@@ -43,6 +43,18 @@ def swap_sides(phrase: str) -> str | None:
     return _SIDE.sub(lambda found: _other(found[1]), phrase)
 
 
+def mirrored(example: Example, image: Image.Image, phrase: str) -> tuple[Example, Image.Image]:
+    """The film in a mirror, with the phrase that speaks of it there; boxes in pixels of the image that comes back."""
+    boxes = tuple(mirror_box(box, image.width) for box in example.boxes)
+    return replace(example, phrase=phrase, boxes=boxes), image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+
+
+def mirror_box(box: Box, width: int) -> Box:
+    """A box on an image `width` pixels wide, in the mirror; and back again."""
+    x1, y1, x2, y2 = box
+    return width - x2, y1, width - x1, y2
+
+
 def never_mirrored(examples: Sequence[Example]) -> int:
     """How many records have a phrase that is left as it is."""
     return sum(swap_sides(example.phrase) is None for example in examples)
@@ -67,9 +79,7 @@ def augment(
     flip, scale, dx, dy, contrast, brightness = np.random.default_rng([seed, position, 11]).uniform(-1, 1, 6).tolist()
     swapped = swap_sides(example.phrase)
     if (flip + 1) / 2 < options.flip and swapped is not None:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        boxes = tuple((image.width - x2, y1, image.width - x1, y2) for x1, y1, x2, y2 in example.boxes)
-        example = replace(example, phrase=swapped, boxes=boxes)
+        example, image = mirrored(example, image, swapped)
     if options.scale or options.shift:
         shift = options.shift * dx * image.width, options.shift * dy * image.height
         example, image = _moved(example, image, 1 + options.scale * scale, shift)

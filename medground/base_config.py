@@ -1,6 +1,7 @@
 """Options of the small base model; apart from its making, which imports torch."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -9,6 +10,8 @@ class BaseConfig:
 
     out: str
     """Folder of the model."""
+    template: Literal["brief", "brief-chain"] = "brief"
+    """Question that it is taught to answer; under brief-chain with boxes in its thought, as chain-of-box wants them."""
     seed: int = 1_000_003
     """Seed of its weights and of its films, which are not those of the demo's data."""
     films: int = 6000

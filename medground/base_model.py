@@ -4,14 +4,13 @@ It stands in for the instruct model that GRPO starts from on a GPU: after a minu
 on phantom films it answers in the template, with boxes in about the right place. Its faults are put in on
 purpose, in the last third of the supervision: boxes are jittered and too large, some answers are
 malformed, and more than half of the one-sided boxes lie on the wrong side, as of a model that takes left for the
-image's left. So its figures say nothing about any real model.
+image's left (base_answers.py). So its figures say nothing about any real model.
 """
 
 import dataclasses
 import hashlib
 import json
 import multiprocessing
-import re
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -25,13 +24,15 @@ from tqdm import tqdm
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from medground.answers import render_answer
+from medground.base_answers import answer_text
 from medground.base_config import BaseConfig
+from medground.config import CHAINED
 from medground.datasets.phantom import VERSION as PHANTOM_VERSION
-from medground.datasets.phantom import phantom_examples
+from medground.datasets.phantom import draw_film, eight_bit, film_examples, phantom_examples
+from medground.datasets.phantom_findings import CATEGORIES
 from medground.packing import pack
 from medground.policy import Policy
-from medground.prompts import Processor, load_processor, make_prompt, to_processed
+from medground.prompts import Processor, load_processor, make_prompt, question_text
 from medground.records import Box, Example, Group, Prompt, Rollout
 
 _SPECIAL = (
@@ -39,8 +40,12 @@ _SPECIAL = (
     "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
     "<|image_pad|>", "<|video_pad|>",
 )  # fmt: skip
-_THOUGHTS = ("upper left and middle right", "lower left and", "not seen", "[]", "[", "]")
+_THOUGHTS = {
+    "brief": ("upper left and middle right", "lower left and", "not seen", "[]", "[", "]"),
+    "brief-chain": ("left lung", "right lung", "chest", *(f" {c}" for c in CATEGORIES), " not seen", "[]", "[", "]"),
+}
 _PIECES = ("<think>", "</think>", "<answer>", "</answer>", '{"bbox_2d": [', "]}", ", ")
+_MORE_PIECES = {"brief": (), "brief-chain": (' {"bbox_2d": [',)}  # after a name
 # how Qwen's tokenizer cuts text before merging bytes: contractions, words, single digits, signs, blanks
 _CUT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _CHAT = (
@@ -49,8 +54,6 @@ _CHAT = (
     "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# a log of the official 7B model puts 55 of 87 one-sided phrases on the wrong side
-_MIRRORED = 0.55
 _RECIPE = "recipe.json"
 _VERSION = 1  # of what the code below does; another number makes another model
 
@@ -83,9 +86,13 @@ def build_base(config: BaseConfig) -> None:
 
 
 class _Lesson(NamedTuple):
-    """A prompt in numpy, which processes hand over by copying; pixels in half precision (8-bit films lose nothing)."""
+    """A prompt in numpy, which processes hand over by copying; pixels in half precision (8-bit films lose nothing).
+
+    `lungs` are boxes of the patient's left and right lung, in pixels of the film.
+    """
 
     example: Example
+    lungs: tuple[Box, Box]
     arrays: dict[str, np.ndarray]
     image_keys: tuple[str, ...]
     processed_width: int
@@ -123,23 +130,26 @@ def _start_worker(config: BaseConfig, folder: Path) -> None:
 
 def _draw(index: int) -> list[_Lesson]:
     config, processor = _worker
-    pixels, examples = phantom_examples(config.seed, index, config.size)
-    image = Image.fromarray(pixels).convert("RGB")
+    film = draw_film(config.seed, index, config.size)
+    image = Image.fromarray(eight_bit(film)).convert("RGB")
     lessons = []
     shared = None  # the phrases of a film share its pixels
-    for example in examples:
-        prompt = make_prompt(example, image, processor, "brief")
+    for example in film_examples(film, config.seed, index):
+        prompt = make_prompt(example, image, processor, config.template)
         shared = prompt.pixel_values.half().numpy() if shared is None else shared
         arrays = {name: getattr(prompt, name).numpy() for name in ("input_ids", "position_ids", "image_grid_thw")}
         arrays["pixel_values"] = shared
-        lessons.append(_Lesson(example, arrays, prompt.image_keys, prompt.processed_width, prompt.processed_height))
+        sides = prompt.processed_width, prompt.processed_height
+        lessons.append(_Lesson(example, film.lungs, arrays, prompt.image_keys, *sides))
     return lessons
 
 
 def _save_processor(config: BaseConfig, out: Path) -> None:
     films = range(min(config.films, 400))  # say every word often enough
     examples = [e for index in films for e in phantom_examples(config.seed, index, config.size)[1]]
-    lines = [e.phrase for e in examples] + ["user\nFind:", "assistant\n", *_THOUGHTS] * 100
+    asked = f"user\n{question_text('', config.template).strip()}"
+    lines = [e.phrase for e in examples] + [asked, "assistant\n", *_THOUGHTS[config.template]] * 100
+    pieces = _PIECES + _MORE_PIECES[config.template]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -149,7 +159,7 @@ def _save_processor(config: BaseConfig, out: Path) -> None:
     )
     bpe.decoder = decoders.ByteLevel()
     trainer = BpeTrainer(
-        vocab_size=config.vocab_size - len(_SPECIAL) - len(_PIECES),
+        vocab_size=config.vocab_size - len(_SPECIAL) - len(pieces),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -163,7 +173,7 @@ def _save_processor(config: BaseConfig, out: Path) -> None:
         padding_side="left",
         additional_special_tokens=list(_SPECIAL),
     )
-    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in _PIECES])
+    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in pieces])
     tokenizer.chat_template = _CHAT
     tokenizer.save_pretrained(out)
     size = {"shortest_edge": config.size**2, "longest_edge": config.size**2}
@@ -220,6 +230,7 @@ def _supervise(
     config: BaseConfig,
 ) -> None:
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    chain = config.template in CHAINED
     bar = tqdm(range(config.steps), desc="base model")
     for step in bar:
         left = (config.steps - step) / config.steps
@@ -227,7 +238,7 @@ def _supervise(
             group["lr"] = config.lr * min((step + 1) / 20, 0.1 + 0.9 * left)
         chosen = rng.integers(len(lessons), size=config.batch_size)
         faulty = step >= config.steps * 2 // 3
-        groups = [_answered(lessons[i], processor, rng, faulty) for i in chosen]
+        groups = [_answered(lessons[i], processor, rng, faulty, chain) for i in chosen]
         packed = pack(groups, policy.vlm.config, torch.device("cpu"))
         loss = -policy(packed, 1.0).logp.mean()
         loss.backward()
@@ -237,55 +248,9 @@ def _supervise(
         bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
 
 
-def _answered(lesson: _Lesson, processor: Processor, rng: np.random.Generator, faulty: bool) -> Group:
+def _answered(lesson: _Lesson, processor: Processor, rng: np.random.Generator, faulty: bool, chain: bool) -> Group:
     """A lesson with the answer to imitate."""
     prompt = lesson.prompt()
-    boxes = _worsen(prompt, rng) if faulty else tuple(to_processed(box, prompt) for box in prompt.example.boxes)
-    text = _answer(boxes, prompt)
-    if faulty and rng.random() < 0.05:
-        broken = (text.replace("</think>", ""), text.replace("]}", "]"), text.replace("<answer>", ""), text[:-9])
-        text = broken[rng.integers(len(broken))]
+    text = answer_text(prompt, lesson.lungs, rng, chain=chain, faulty=faulty)
     ids = processor.tokenizer(text + "<|im_end|>", add_special_tokens=False)["input_ids"]
     return Group(prompt, (Rollout(torch.tensor(ids), torch.zeros(len(ids)), text, True),))
-
-
-def _worsen(prompt: Prompt, rng: np.random.Generator) -> tuple[Box, ...]:
-    """The truth with the faults of a model that has not been trained for this, in processed pixels."""
-    example = prompt.example
-    if not example.boxes:
-        return () if rng.random() < 0.7 else (_random_box(rng, prompt),)
-    if rng.random() < 0.05:
-        return ()
-    one_sided = len(set(re.findall(r"\b(left|right)\b", example.phrase))) == 1
-    mirrored = one_sided and rng.random() < _MIRRORED
-    out = []
-    for box in example.boxes:
-        x1, y1, x2, y2 = to_processed(box, prompt)
-        if mirrored:
-            x1, x2 = prompt.processed_width - x2, prompt.processed_width - x1
-        w, h = x2 - x1, y2 - y1
-        cx = (x1 + x2) / 2 + w * rng.normal(0, 0.15)
-        cy = (y1 + y2) / 2 + h * rng.normal(0, 0.15)
-        w, h = w * 1.15 * np.exp(rng.normal(0, 0.15)), h * 1.15 * np.exp(rng.normal(0, 0.15))
-        out.append(_clip((cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2), prompt))
-    return tuple(sorted(out))
-
-
-def _random_box(rng: np.random.Generator, prompt: Prompt) -> Box:
-    x, y = rng.uniform(0, 0.7) * prompt.processed_width, rng.uniform(0, 0.7) * prompt.processed_height
-    return _clip((x, y, x + 0.3 * prompt.processed_width, y + 0.3 * prompt.processed_height), prompt)
-
-
-def _clip(box: Box, prompt: Prompt) -> Box:
-    w, h = prompt.processed_width, prompt.processed_height
-    x1, y1 = min(max(box[0], 0), w - 2), min(max(box[1], 0), h - 2)
-    return (x1, y1, max(min(box[2], w), x1 + 2), max(min(box[3], h), y1 + 2))
-
-
-def _answer(boxes: tuple[Box, ...], prompt: Prompt) -> str:
-    """The answer with a thought that names coarse zones of the image."""
-    zones = []
-    for x1, y1, x2, y2 in boxes:
-        across, down = (x1 + x2) / 2 / prompt.processed_width, (y1 + y2) / 2 / prompt.processed_height
-        zones.append(("upper", "middle", "lower")[int(min(down * 3, 2))] + (" left" if across < 0.5 else " right"))
-    return render_answer(boxes, " and ".join(zones) or "not seen")

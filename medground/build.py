@@ -22,7 +22,7 @@ from medground.lora import draw_adapters
 from medground.packing import Packed
 from medground.policy import Policy, empty_policy
 from medground.sharding import Ranks, compute_dtype, own_rows, shard
-from medground.weight_files import check_weights, read_weights
+from medground.weight_files import Stored, check_weights, read_weights
 from medground_kernels.token_logprob import TokenLogprob
 
 Score = Callable[[Packed, float], TokenLogprob]
@@ -60,6 +60,18 @@ def build_reference(policy: Policy, folder: Path, config: Config, ranks: Ranks) 
     return reference.eval()
 
 
+def build_whole(folder: Path, dtype: torch.dtype, ranks: Ranks) -> Policy:
+    """A policy that is asked and never trained: whole on every rank, frozen, in `dtype`.
+
+    Raises:
+        ValueError: the folder's weights are not those of its model; on every rank.
+    """
+    policy = empty_policy(folder, dtype).requires_grad_(False)
+    stored = ranks.together(lambda: check_weights(policy.vlm, folder))
+    _fill(policy, stored, ranks, ranks.device)
+    return policy.eval()
+
+
 def build_optimizer(policy: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
     """AdamW over what is trained."""
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
@@ -72,11 +84,18 @@ def _place(policy: Policy, folder: Path, config: Config, ranks: Ranks) -> None:
     if config.model.compile:
         policy.compile_layers()
     offload = config.sharding.cpu_offload
-    buffers = {name: buffer.to(ranks.device) for name, buffer in policy.named_buffers()}
     shard(policy, ranks, config.model.precision, cpu_offload=offload)
-    policy.to_empty(device="cpu" if offload else ranks.device)
+    _fill(policy, stored, ranks, torch.device("cpu") if offload else ranks.device)
+
+
+def _fill(policy: Policy, stored: dict[str, Stored], ranks: Ranks, device: torch.device) -> None:
+    """Give a policy on "meta" its memory on a device, and what it holds there; buffers stay as they are."""
+    buffers = {name: buffer.to(ranks.device) for name, buffer in policy.named_buffers()}
+    policy.to_empty(device=device)
     for name, buffer in buffers.items():
         policy.set_tensor(name, buffer)
+    if not isinstance(policy, FSDPModule):  # which keeps what is tied
+        policy.vlm.tie_weights()
     ranks.together(lambda: read_weights(policy.vlm, stored, own_rows))
 
 

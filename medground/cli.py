@@ -30,7 +30,10 @@ commands:
   train PRESET    train; under torchrun: torchrun --nproc-per-node N -m medground.train PRESET
   train --config FILE   train with the configuration of an earlier run
   plan PRESET           memory and time of a run on N GPUs, before anybody rents them
+  eval            ask a model about a data set: metrics with intervals, controls; under torchrun: -m medground eval
+  predict IMAGE PHRASE...   where on an image a trained model finds phrases
   report RUN DATA...    write the page of a run again
+  watch RUN             serve that page to browsers on this machine while the run goes on
   score FILE      score predictions, wherever they were made; needs no model
   compare A B     how two files of predictions differ, metric by metric, with paired intervals
 
@@ -216,9 +219,12 @@ _VERBS = {  # name -> module of its options, their class, module of its function
     "base": ("base_config", "BaseConfig", "base_model", "build_base"),
     "prompt": ("show_prompt", "ShowPromptConfig", "", "show_prompt"),
     "encoders build": ("encoder_tools", "BuildConfig", "", "build_encoder"),
+    "eval": ("eval_config", "EvalConfig", "evaluate_model", "evaluate_model"),
     "demo": ("demo", "DemoConfig", "", "run_demo"),
     "score": ("scoring.command", "ScoreConfig", "", "run_score"),
     "compare": ("scoring.compare", "CompareConfig", "", "run_compare"),
+    "watch": ("report.live", "WatchConfig", "", "run_watch"),
+    "predict": ("predict_config", "PredictConfig", "predict", "run_predict"),
 }
 _COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     **{name: _plain(name) for name in _VERBS},

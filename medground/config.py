@@ -132,7 +132,10 @@ class DataConfig:
         _want(0 <= self.workers <= 64, "data.workers", "0 to 64", self.workers)
 
 
-Template = Literal["brief", "plain", "patient-side", "chain-of-box"]
+Template = Literal["brief", "brief-chain", "plain", "patient-side", "chain-of-box"]
+
+CHAINED: tuple[Template, ...] = ("brief-chain", "chain-of-box")
+"""Templates that ask for a box after every region named while thinking."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,8 +143,9 @@ class PromptConfig:
     """How the model is asked."""
 
     template: Template = "patient-side"
-    """Wording of the question; brief is for small models, plain is MedGround-R1's, patient-side says whose left and
-    right are meant, chain-of-box also asks for a box after every region named while thinking."""
+    """Wording of the question; plain is MedGround-R1's, patient-side says whose left and right are meant, chain-of-box
+    also asks for a box after every region named while thinking; brief and brief-chain are for small models, which were
+    taught the one form or the other."""
 
 
 @dataclass(frozen=True, kw_only=True)

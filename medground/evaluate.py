@@ -7,7 +7,9 @@ from dataclasses import dataclass, field, replace
 from tqdm import tqdm
 
 from medground.answers import parse_answer
+from medground.augmentation import mirror_box
 from medground.config import Config
+from medground.controls import questions
 from medground.job.interruption import Interruption
 from medground.loading import Loader, Question
 from medground.policy import Policy
@@ -57,21 +59,47 @@ def evaluate(asker: Asker, examples: Sequence[Example], *, shuffled: bool = Fals
     """
     ranks = asker.ranks
     ranks.progress.now("evaluation", f"{len(examples)} records, {title}")
-    shown = _other_images(examples) if shuffled else [example.image for example in examples]
-    mine = list(zip(examples, shown, strict=True))[ranks.rank :: ranks.size]
+    mine = questions(examples, "shuffled" if shuffled else "true")[ranks.rank :: ranks.size]
     predictions: list[Prediction | None] = [None] * len(mine)
     asker.whole.refresh()
     with (
         tqdm(total=len(mine), desc=title, disable=not ranks.is_first, leave=False) as bar,
-        closing(asker.loader([Question(*pair) for pair in mine])) as prompts,
+        closing(asker.loader(mine)) as prompts,
     ):
         sampling = Sampling(0.0)
         answers = asker.engine.roll_out(prompts, count=len(mine), copies=1, sampling=sampling, bar=bar, stop=asker.stop)
         for number, group in answers:
-            predictions[number] = _prediction(group, mine[number][1])
+            [predictions[number]] = predictions_of(mine[number], group)
     asker.interruption.agree(ranks)
     shares = ranks.gather(predictions)
     return [shares[i % ranks.size][i // ranks.size] for i in range(len(examples))]
+
+
+def predictions_of(question: Question, group: Group) -> list[Prediction]:
+    """One for each completion; of a mirrored film, boxes are where they are on the film itself."""
+    example, found = question.example, []
+    for number, rollout in enumerate(group.rollouts):
+        answer = read_answer(rollout.text, group.prompt)
+        if question.change == "flipped":
+            answer = _mirrored(answer, example.width)
+        found.append(
+            Prediction(
+                id=example.id,
+                image=question.image or example.image,
+                width=example.width,
+                height=example.height,
+                phrase=example.phrase,
+                category=example.category,
+                patient=example.patient,
+                truth=example.boxes,
+                boxes=answer.boxes,
+                completion=rollout.text,
+                logp=float(rollout.logp.sum()),
+                thought_boxes=answer.thought_boxes,
+                sample=number if len(group.rollouts) > 1 else None,
+            )
+        )
+    return found
 
 
 def read_answer(text: str, prompt: Prompt) -> Answer:
@@ -82,31 +110,6 @@ def read_answer(text: str, prompt: Prompt) -> Answer:
     return replace(answer, boxes=boxes, thought_boxes=thoughts)
 
 
-def _prediction(group: Group, image: str) -> Prediction:
-    example, rollout = group.prompt.example, group.rollouts[0]
-    return Prediction(
-        id=example.id,
-        image=image,
-        width=example.width,
-        height=example.height,
-        phrase=example.phrase,
-        category=example.category,
-        patient=example.patient,
-        truth=example.boxes,
-        boxes=read_answer(rollout.text, group.prompt).boxes,
-        completion=rollout.text,
-        logp=float(rollout.logp.sum()),
-    )
-
-
-def _other_images(examples: Sequence[Example]) -> list[str]:
-    n = len(examples)
-    others = []
-    for i, example in enumerate(examples):
-        # half the list away: neighbours may share a film
-        candidates = (examples[(i + n // 2 + k) % n] for k in range(n))
-        other = next((c for c in candidates if c.patient != example.patient), None)
-        if other is None:
-            raise ValueError(f"shuffled images: want records of two patients or more; got only {example.patient}")
-        others.append(other.image)
-    return others
+def _mirrored(answer: Answer, width: int) -> Answer:
+    boxes = None if answer.boxes is None else tuple(mirror_box(box, width) for box in answer.boxes)
+    return replace(answer, boxes=boxes, thought_boxes=tuple(mirror_box(box, width) for box in answer.thought_boxes))

@@ -16,6 +16,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from medground.lora import merge_adapters, save_adapters
 
 if TYPE_CHECKING:
+    from medground.asking import Asking
     from medground.policy import Policy
     from medground.sharding import Ranks
 
@@ -23,7 +24,14 @@ ADAPTERS = "adapter"
 """Folder, within an export, of adapters by themselves."""
 
 
-def export_policy(folder: Path, policy: Policy, model_folder: Path, ranks: Ranks, base: str | None = None) -> None:
+def export_policy(
+    folder: Path,
+    policy: Policy,
+    model_folder: Path,
+    ranks: Ranks,
+    base: str | None = None,
+    asking: Asking | None = None,
+) -> None:
     """Write the policy as a model folder that plain transformers loads; every rank must call it.
 
     Adapters are merged into the weights of `model_folder`, and written by themselves into a folder within.
@@ -34,6 +42,7 @@ def export_policy(folder: Path, policy: Policy, model_folder: Path, ranks: Ranks
         model_folder: the folder it was loaded from; tokenizer, processor and dtype are as there.
         ranks: the first writes.
         base: what the adapters call the model that they belong to; None for `model_folder`.
+        asking: how it was asked, which is written beside it.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=bool(policy.lora.rank))
     whole = cast(dict[str, Tensor], get_model_state_dict(policy, options=options))
@@ -51,8 +60,11 @@ def export_policy(folder: Path, policy: Policy, model_folder: Path, ranks: Ranks
         _save_whole(aside, policy, state, _stored_dtype(model_folder))
     for file in sorted(model_folder.iterdir()):
         written = file.name in ("config.json", "recipe.json") or file.name.endswith(".index.json")
-        if file.suffix in (".json", ".txt", ".jinja") and not written:
+        terms = file.is_file() and file.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))
+        if (file.suffix in (".json", ".txt", ".jinja") or terms) and not written:
             shutil.copyfile(file, aside / file.name)
+    if asking:
+        asking.write(aside)
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(aside, folder)
 

@@ -8,6 +8,7 @@ patches of an image, nearly all of a prompt, come through shared memory, the res
 from __future__ import annotations
 
 import atexit
+import shutil
 import signal
 import sys
 from collections import deque
@@ -17,12 +18,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from multiprocessing import forkserver, resource_tracker
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from medground.augmentation import augment
+from medground.augmentation import augment, mirrored, swap_sides
 from medground.config import AugmentConfig, Config
 from medground.data_order import DataOrder
 from medground.datasets.folders import image_path
@@ -34,6 +37,15 @@ from medground.records import Example, Prompt
 if TYPE_CHECKING:
     from medground.sharding import Ranks  # a worker need not import it
 
+Change = Literal["", "blank", "flipped"]
+
+GREY = (128, 128, 128)
+"""Of a blank image."""
+
+AHEAD = 8
+"""Prompts made ahead of an evaluation."""
+
+_TOKEN_BYTES = 4 * 1176 * 4  # of an image's token: four patches of 2 x 14 x 14 pixels in colour, float32
 _INLINE = ("input_ids", "position_ids", "image_grid_thw")  # small: a shared tensor takes an open file of its own
 
 
@@ -49,11 +61,14 @@ class Question:
         example: the record.
         image: to show in place of its own one; "" for its own.
         position: in the training order, for what is trained on; -1 for what is not, and never augmented.
+        change: of the image, for a control (controls.py); "flipped" is mirrored, with the phrase's sides swapped where
+            that is safe, "blank" grey all over, "" as it is.
     """
 
     example: Example
     image: str = ""
     position: int = -1
+    change: Change = ""
 
 
 @dataclass(frozen=True)
@@ -81,12 +96,18 @@ class PromptMaker:
             ValueError: the image cannot be read; names the record and the file.
         """
         example = question.example
+        if question.change == "blank":
+            return make_prompt(
+                example, Image.new("RGB", (example.width, example.height), GREY), self.processor, self.template
+            )
         try:
             image = read_image(image_path(self.folders, question.image or example.image))
         except ValueError as error:
             raise ValueError(f"record {example.id}: {error}") from None
         if question.position >= 0 and self.augment != AugmentConfig():
             example, image = augment(example, image, self.augment, self.seed, question.position)
+        if question.change == "flipped":
+            example, image = mirrored(example, image, swap_sides(example.phrase) or example.phrase)
         return make_prompt(example, image, self.processor, self.template)
 
 
@@ -142,7 +163,7 @@ class Loader:
             batch_size=None,
             collate_fn=_as_it_is,
             num_workers=self._workers,
-            prefetch_factor=max(2, -(-self._ahead // self._workers)),
+            prefetch_factor=_each(self._ahead, self._workers),
             persistent_workers=True,
             multiprocessing_context="forkserver",
             worker_init_fn=_begin,
@@ -168,6 +189,32 @@ class Loader:
             yield replace(prompt, **{name: torch.from_numpy(getattr(prompt, name)) for name in _INLINE})
 
 
+def check_shared_memory(
+    workers: int, ahead: int, prompt_tokens: int, ranks: int, place: Path = Path("/dev/shm")
+) -> None:
+    """See that what the workers of a host hand over has room: where shared memory is full, they die without a word.
+
+    Args:
+        workers: of a rank, for training and as many for evaluations.
+        ahead: prompts of a rank's step; as many again are made meanwhile.
+        prompt_tokens: of the longest prompt, at most four patches each.
+        ranks: on this host.
+        place: where shared memory is, if the system has it as a folder.
+
+    Raises:
+        ValueError: there is not enough.
+    """
+    if not workers or not place.is_dir():
+        return
+    prompts = ahead + sum(workers * _each(count, workers) for count in (ahead, AHEAD))
+    wanted, free = ranks * prompts * prompt_tokens * _TOKEN_BYTES / 1e6, shutil.disk_usage(place).free / 1e6
+    if free < wanted:
+        raise ValueError(
+            f"data.workers: want {wanted:.0f} MB free in {place} for images of {ranks} ranks on this host; got "
+            f"{free:.0f} MB: give the container more (--shm-size), or set data.workers to 0"
+        )
+
+
 def prompts_of_steps(
     load: Loader, order: DataOrder, config: Config, ranks: Ranks, first: int
 ) -> Iterator[list[Prompt]]:
@@ -177,6 +224,11 @@ def prompts_of_steps(
     starts = (step * B + ranks.rank * mine for step in range(first, config.steps))
     prompts = load(Question(order[p], position=p) for start in starts for p in range(start, start + mine))
     return (list(islice(prompts, mine)) for _ in range(first, config.steps))
+
+
+def _each(ahead: int, workers: int) -> int:
+    """Prompts of each worker that may be ready or under way."""
+    return max(2, -(-ahead // workers))
 
 
 def _in_a_thread(make: PromptMaker, questions: Iterable[Question], ahead: int) -> Generator[Prompt]:

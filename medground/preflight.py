@@ -1,5 +1,6 @@
 """Everything that can be known before the first step: data, model, memory of the cache, ranks; each mistake by name."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import zip_longest
@@ -17,6 +18,7 @@ from medground.config import Config, differing_fields
 from medground.data_order import DataOrder
 from medground.datasets.folders import folders_hash, load_folders
 from medground.datasets.manifest import select
+from medground.loading import check_shared_memory
 from medground.lora import need_peft
 from medground.policy import check_model
 from medground.prompts import Processor, load_processor, prompt_tokens
@@ -68,7 +70,7 @@ def check_job(config: Config, ranks: Ranks) -> Checked:
         parts = load_folders(config.data.path)
         data_hash = folders_hash(config.data.path)
         check_folder(config, data_hash)
-        model_folder = _model_folder(config.model.path)
+        model_folder = model_folder_of(config.model.path)
         check_model(model_folder)
         if config.model.lora.rank:
             need_peft()
@@ -81,10 +83,11 @@ def check_job(config: Config, ranks: Ranks) -> Checked:
         processor = load_processor(model_folder, config.data.min_pixels, config.data.max_pixels)
         splits, order = _splits(parts, config)
         examples = [example for split in splits for example in split]
-        if config.data.augment.flip:  # the swapped word may take more tokens
-            swapped = ((example, swap_sides(example.phrase)) for example in splits.train)
-            examples += [replace(e, id=f"{e.id}, mirrored", phrase=phrase) for e, phrase in swapped if phrase]
+        if config.data.augment.flip:
+            examples += with_swapped_sides(splits.train)
         limits = limits_of(config, examples, processor, model_folder, compute_dtype(ranks, config.model.precision))
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
+        check_shared_memory(config.data.workers, B // ranks.size, limits.longest_prompt, here)
         return Checked(splits, order, data_hash, model_folder, processor, limits)
 
     return ranks.together(check)
@@ -123,13 +126,7 @@ def limits_of(
     Raises:
         ValueError: one does not; names the option, and the records with the longest text and the largest image.
     """
-    tokens = {example.id: prompt_tokens(example, processor, config.prompt.template) for example in examples}
-    wordy, large = max(tokens, key=lambda name: tokens[name][0]), max(tokens, key=lambda name: tokens[name][1])
-    P = tokens[wordy][0] + tokens[large][1]  # evaluation shows a phrase with other records' images as well
-    told = (
-        f"the longest text takes {tokens[wordy][0]} tokens (record {wordy}), "
-        f"the largest image {tokens[large][1]} (record {large})"
-    )
+    P, told = longest_prompt(examples, processor, config.prompt.template)
     text = AutoConfig.from_pretrained(model_folder, trust_remote_code=False).text_config
     r = config.rollout
     if P + r.max_new_tokens > text.max_position_embeddings:
@@ -151,10 +148,32 @@ def limits_of(
     return limits
 
 
-def _model_folder(path: str) -> Path:
+def longest_prompt(examples: Sequence[Example], processor: Processor, template: str) -> tuple[int, str]:
+    """Tokens of the longest prompt there may be, whose phrase and image may be of two records; and the two in words."""
+    tokens = {example.id: prompt_tokens(example, processor, template) for example in examples}
+    wordy, large = max(tokens, key=lambda name: tokens[name][0]), max(tokens, key=lambda name: tokens[name][1])
+    text, image = tokens[wordy][0], tokens[large][1]
+    told = f"the longest text takes {text} tokens (record {wordy}), the largest image {image} (record {large})"
+    return text + image, told
+
+
+def with_swapped_sides(examples: Sequence[Example]) -> list[Example]:
+    """Of those that have a phrase for a mirrored image, the record with it, which may take more tokens."""
+    swapped = ((example, swap_sides(example.phrase)) for example in examples)
+    return [replace(e, id=f"{e.id}, mirrored", phrase=phrase) for e, phrase in swapped if phrase]
+
+
+def model_folder_of(path: str) -> Path:
+    """A model folder, or what the hub has under a name, on this machine.
+
+    Raises:
+        ValueError: there is none.
+    """
     if Path(path).is_dir():
         return Path(path)
     try:
-        return Path(snapshot_download(path, allow_patterns=["*.json", "*.txt", "*.jinja", "*.safetensors"]))
+        # the card and the licence are for the card of what is trained
+        kinds = ["*.json", "*.txt", "*.jinja", "*.safetensors", "README.md", "LICENSE*"]
+        return Path(snapshot_download(path, allow_patterns=kinds))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise ValueError(f"model.path: want a model folder or a name on the hub; got {path!r}: {error}") from None

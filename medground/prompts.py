@@ -34,8 +34,9 @@ _CHAIN = (
     "tags. Output the final answer in JSON format."
 )
 TEMPLATES = {
-    # for models too small to read instructions
+    # for models too small to read instructions: the wording only says which of two forms they were taught is wanted
     "brief": "Find: {phrase}",
+    "brief-chain": "Find in steps: {phrase}",
     # the wording of MedGround-R1
     "plain": _ASK + _FORM,
     "patient-side": _ASK + _SIDES + _FORM,

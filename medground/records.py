@@ -24,7 +24,7 @@ Problem = Literal[
 an answer that is no JSON, or no box; a thought without a box, or with what looks like one and is none."""
 
 OF_THOUGHT: tuple[Problem, ...] = ("no thought box", "malformed thought box")
-"""Problems where boxes are wanted in the thought alone (template chain-of-box)."""
+"""Problems where boxes are wanted in the thought alone (chain-of-box, brief-chain)."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -59,6 +59,30 @@ def check_folder(config: Config, data_hash: str) -> None:
         raise ValueError(f"{config.out}: want a new or an empty folder; it holds other files")
 
 
+def hold(folder: Path) -> TextIO:
+    """Take hold of a folder, made where it is missing, for as long as the file that comes back is open.
+
+    Raises:
+        ValueError: another process holds it, or it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK).open("a+")
+    except OSError as error:
+        raise ValueError(f"{error.filename}: want a folder that can be written; got: {error.strerror}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read() or "unknown"
+        lock.close()
+        raise ValueError(f"{folder}: want a folder that no run writes to; {holder} does") from None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+    lock.flush()
+    return lock
+
+
 class RunFolder:
     """Writes a run's files; only the first rank has one."""
 
@@ -72,19 +96,9 @@ class RunFolder:
         try:
             for part in ("samples", "checkpoints", "eval", "skipped", "tensorboard"):
                 (self.path / part).mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / LOCK).open("a+")
         except OSError as error:
             raise ValueError(f"{error.filename}: want a folder that can be written; got: {error.strerror}") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.seek(0)
-            holder = self._lock.read() or "unknown"
-            self._lock.close()
-            raise ValueError(f"{config.out}: want a folder that no run writes to; {holder} does") from None
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self._lock.flush()
+        self._lock = hold(self.path)
 
     def start(self, config: Config, environment: dict[str, Any], step: int) -> None:
         """Write what the run is, forget what was written past `step`, and log on from there."""
@@ -92,7 +106,7 @@ class RunFolder:
 
         if not config.resume:
             save_config(config, self.path / "config.json")
-        _write_json(self.path / "environment.json", environment)
+        write_json(self.path / "environment.json", environment)
         for part in ("samples", "eval", "skipped"):
             for file in (self.path / part).glob("step-*"):
                 if int(re.match(r"step-(\d+)", file.name)[1]) > step:  # type: ignore[index]
@@ -128,11 +142,11 @@ class RunFolder:
 
     def write_rows(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
         """Write JSON lines; numbers that are not finite become null."""
-        _write_text(self.path / name, "".join(json.dumps(_finite(row)) + "\n" for row in rows))
+        write_rows(self.path / name, rows)
 
     def write_json(self, name: str, value: Any) -> None:
         """Write one JSON value."""
-        _write_json(self.path / name, value)
+        write_json(self.path / name, value)
 
     def read_json(self, name: str) -> Any:
         """Read what `write_json` wrote; None where it has not yet."""
@@ -186,7 +200,13 @@ def _finite(row: dict[str, Any]) -> dict[str, Any]:
     return row | bad
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write JSON lines, all of them or nothing; numbers that are not finite become null."""
+    _write_text(path, "".join(json.dumps(_finite(row)) + "\n" for row in rows))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write one JSON value, all of it or nothing."""
     _write_text(path, json.dumps(value, indent=2) + "\n")
 
 

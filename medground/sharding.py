@@ -176,7 +176,12 @@ def join_ranks(timeout: float = 1800.0) -> Iterator[Ranks]:
 
 def compute_dtype(ranks: Ranks, precision: str) -> torch.dtype:
     """What auto, float32 or bfloat16 comes to: auto is bfloat16 on a GPU and float32 on a CPU."""
-    half = precision == "bfloat16" or (precision == "auto" and ranks.device.type == "cuda")
+    return dtype_on(ranks.device, precision)
+
+
+def dtype_on(device: torch.device, precision: str) -> torch.dtype:
+    """The same, of a device."""
+    half = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
     return torch.bfloat16 if half else torch.float32
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from medground.config import Config
+from medground.controls import CONSTANT, constant_answers
 from medground.evaluate import Asker, evaluate
 from medground.records import Example
 from medground.run_folder import RunFolder
@@ -44,7 +45,7 @@ def evaluate_if_due(asker: Asker, splits: Splits, run: RunFolder | None, step: i
 
 
 def summarise(config: Config, splits: Splits, run: RunFolder, facts: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """The headline numbers, before and after.
+    """The headline numbers, before and after; what comes of no model goes to eval/baselines.json.
 
     Args:
         config: of the run.
@@ -61,7 +62,10 @@ def summarise(config: Config, splits: Splits, run: RunFolder, facts: dict[str, A
             out[f"{name}_{when}"] = true[metric]["value"]
         out[f"miou_{when}_interval"] = [true["miou"]["low"], true["miou"]["high"]]
         out[f"miou_{when}_shuffled_images"] = shuffled["miou"]["value"]
-    blind = blind_baseline(splits.train, splits.test)["metrics"]
+    baselines: dict[str, Any] = {name: score(constant_answers(splits.test, name)) for name in CONSTANT}
+    baselines["blind"] = blind_baseline(splits.train, splits.test)
+    run.write_json("eval/baselines.json", baselines)
+    blind = baselines["blind"]["metrics"]
     out["miou_blind_baseline"] = blind["miou"]["value"]
     out["miou_blind_baseline_interval"] = [blind["miou"]["low"], blind["miou"]["high"]]
     steps = run.metrics()

@@ -22,21 +22,25 @@ from tqdm import tqdm
 from transformers import Qwen2_5_VLConfig
 
 from medground.adamw import set_learning_rate
+from medground.asking import asking_of
 from medground.augmentation import never_mirrored
 from medground.build import Score, build_optimizer, build_policy, build_reference
 from medground.checkpoint import Checkpoints
 from medground.config import Config
 from medground.costs import network_of, peak_of, sizes_of, step_operations
+from medground.datasets.folders import manifest_hashes
 from medground.evaluate import Asker, read_answer
 from medground.export import export_policy
 from medground.job.interruption import InterruptedRun, Interruption
 from medground.job.memory import memory_explained
 from medground.job.watch import watch
-from medground.loading import Loader, PromptMaker, prompts_of_steps
+from medground.loading import AHEAD, Loader, PromptMaker, prompts_of_steps
 from medground.micro_batches import Load, deal
+from medground.model_card import write_cards
 from medground.packing import Packed, pack
 from medground.policy import Policy
 from medground.preflight import check_job
+from medground.prompts import question_text
 from medground.records import Group, Prompt
 from medground.report.page import write_report
 from medground.rewards.total import Scorer, group_means
@@ -77,7 +81,7 @@ def train(config: Config) -> None:
             closing(held) if held else nullcontext() as run,
             closing(checkpoints),
             closing(Loader(make, workers=workers, ahead=mine)) as training,
-            closing(Loader(make, workers=workers, ahead=8)) as loader,
+            closing(Loader(make, workers=workers, ahead=AHEAD)) as loader,
         ):
             ranks.progress.now("load")
             policy = build_policy(model_folder, config, ranks)
@@ -94,6 +98,8 @@ def train(config: Config) -> None:
 
             done, facts = checkpoints.load(policy, optimizer) if config.resume else (0, {})
             described = environment(ranks.size, config.seed, data_hash, config.model.path)
+            described["records"] = {name: len(part) for name, part in splits._asdict().items()}
+            described["manifests_sha256"] = manifest_hashes(config.data.path)
             if config.data.augment.flip:
                 described["records_never_mirrored"] = never_mirrored(splits.train)
             if run:
@@ -102,11 +108,13 @@ def train(config: Config) -> None:
             if not _steps(asker, batches, reference, optimizer, splits, run, checkpoints, done, facts):
                 return
             ranks.progress.now("export")
-            export_policy(Path(config.out) / "export", policy, model_folder, ranks, config.model.path)
+            asking = asking_of(config, policy.vlm.config.model_type)
+            export_policy(Path(config.out) / "export", policy, model_folder, ranks, config.model.path, asking)
             if run:
                 seconds = time.perf_counter() - started
                 run.write_json("summary.json", summarise(config, splits, run, described, seconds))
                 write_report(run.path, config.data.path, run.path / "report.html")
+                write_cards(run.path, model_folder, question_text("{phrase}", config.prompt.template))
 
 
 def _steps(

@@ -12,6 +12,7 @@ Tied to the embedding, the head may be in the files or not.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -22,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 _EMBEDDING, _HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
+_STRETCHES, _STRETCH = 64, 1 << 16
 _DTYPES = ("F64", "F32", "F16", "BF16")
 
 
@@ -84,6 +86,26 @@ def check_weights(model: nn.Module, folder: Path) -> dict[str, Stored]:
         if name != _HEAD or shape != stored[_EMBEDDING].shape:
             raise ValueError(f"{file}: want tensors of the model in config.json; got {own!r}, which it has not")
     return stored
+
+
+def weights_hash(folder: Path) -> str:
+    """SHA-256, in hexadecimal, of a folder's config.json and of 64 stretches of each file of weights, 64 KiB each.
+
+    Small files are hashed whole. Of large ones it does not see every change, but every step of training, which
+    changes nearly all numbers; and 16 GB need not be read.
+    """
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(_files(folder)):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            if size <= _STRETCHES * _STRETCH:
+                digest.update(file.read())
+                continue
+            for i in range(_STRETCHES):
+                file.seek(i * (size - _STRETCH) // (_STRETCHES - 1))
+                digest.update(file.read(_STRETCH))
+    return digest.hexdigest()
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ METRICS = (
 )  # fmt: skip
 SERIES = (
     "reward", "iou", "entropy", "kl", "clip_low", "clip_high", "grad_norm", "lr", "completion_length", "truncated",
-    "tokens_per_second",
+    "tokens_per_second", "logp_gap",
 )  # fmt: skip
 
 
@@ -81,6 +81,7 @@ def finish_run(run):
     boxes = [[[10.0, 10.0, 30.0, 31.0]]] * 8
     boxes += [None, [], [[nan, 0.0, 5.0, 5.0], [9.0, 9.0, 1.0, 1.0]], [[0.0, 0.0, 1e300, 1e300]]]
     after = [prediction(i, 0.9 - 0.05 * i, box) for i, box in enumerate(boxes)]
+    after[0]["thought_boxes"] = [[1.0, 2.0, 11.0, 12.0], [20.0, 20.0, 25.0, 40.0], [nan, 0.0, 5.0, 5.0]]
     write_evaluation(run, "step-000000", evaluation(0, 0.1234), before)
     write_evaluation(run, "step-000004", evaluation(4, 0.5678), after)
     write_evaluation(run, "step-000004.shuffled", evaluation(4, 0.2345, "shuffled"), after)

@@ -1,11 +1,14 @@
 """The same steps of a small model on 1, 2 and 4 ranks, all settings that must not change them, started as one program.
 
-python tests/rank_runs.py FOLDER: the first rank writes what each run came to, FOLDER/RUN-RANKS.pt. Ranks are forked
-from one process, which has imported everything, and are on the CPU.
+python tests/rank_runs.py FOLDER BASE DATA: the first rank writes what each run came to, FOLDER/RUN-RANKS.pt, and the
+evaluation of the model in BASE on DATA to FOLDER/eval-RANKS. Ranks are forked from one process, which has imported
+everything, and are on the CPU.
 """
 
 import os
+import signal
 import sys
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +37,9 @@ from medground.config import (
     RolloutConfig,
     ShardingConfig,
 )
+from medground.eval_config import EvalConfig
+from medground.eval_folder import Part, Piece, Row
+from medground.evaluate_model import evaluate_on
 from medground.export import export_policy
 from medground.sharding import Ranks, WholeCopy, join_ranks
 from medground.step_metrics import Clock, Totals
@@ -191,7 +197,35 @@ def eight_bit_of(ranks: Ranks, folder: Path) -> dict[str, Tensor]:
     return found
 
 
-def _rank(rank: int, size: int, folder: Path) -> None:
+def evaluation_of(ranks: Ranks, folder: Path, base: str, data: str) -> dict[str, Any]:
+    """Leaves its results in a folder; on two ranks, one that was killed in the midst of it."""
+    evaluate_on(
+        ranks,
+        EvalConfig(
+            model=base, data=(data,), template="brief", max_new_tokens=24, samples=2, temperature=0.8, piece=3,
+            controls=("flipped",), out=str(folder / f"eval-{ranks.size}"),
+        ),
+    )  # fmt: skip
+    return {}
+
+
+def _killed(rank: int, size: int, folder: Path, base: str, data: str) -> None:
+    """An evaluation of which the second rank is killed within a line."""
+    add = Part.add
+
+    def killed_in_the_third(part: Part, piece: Piece, rows: list[Row]) -> None:
+        add(part, piece, rows)
+        if rank == 1 and piece.number >= 5:
+            os.truncate(part._file.name, os.path.getsize(part._file.name) - 20)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Part.add = killed_in_the_third  # type: ignore[method-assign]
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    with join_ranks() as ranks:
+        evaluation_of(ranks, folder, base, data)
+
+
+def _rank(rank: int, size: int, folder: Path, base: str, data: str) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     runs = {run.name: partial(steps_of, run, folder=folder) for run in ALONE + SHARDED if run.ranks == size}
     if size == 1:
@@ -201,6 +235,7 @@ def _rank(rank: int, size: int, folder: Path) -> None:
     with join_ranks() as ranks:
         if size < 4:
             runs |= {f"gradient-{size}": gradient_of, f"loading-{size}": partial(loading_of, folder=folder)}
+            runs["evaluation"] = partial(evaluation_of, folder=folder, base=base, data=data)
         if has_torchao():
             runs[f"eight-bit-{size}"] = partial(eight_bit_of, folder=folder)
         for name, run in runs.items():
@@ -210,11 +245,11 @@ def _rank(rank: int, size: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
+    folder, base, data = Path(sys.argv[1]), *sys.argv[2:]
     torch.compiler.set_stance("force_eager")  # torchao compiles its step once a shape, half a minute each on a CPU
     save_models(folder)
     write_model("small", folder / "large")
-    for size in (4, 2, 1):
+    for size, run in ((2, _killed), (4, _rank), (2, _rank), (1, _rank)):
         store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         os.environ |= {  # as torchrun sets them
             "TORCHELASTIC_RUN_ID": "one",
@@ -222,4 +257,5 @@ if __name__ == "__main__":
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(store.port),
         }
-        torch.multiprocessing.start_processes(_rank, (size, folder), nprocs=size, start_method="fork")
+        with suppress(torch.multiprocessing.ProcessExitedException) if run is _killed else nullcontext():
+            torch.multiprocessing.start_processes(run, (size, folder, base, data), nprocs=size, start_method="fork")

@@ -8,7 +8,7 @@ import torch
 from stream_cases import made_group, made_prompt, small_model
 from torch.distributed.tensor import DTensor
 
-from medground.build import build_optimizer, build_policy, build_reference
+from medground.build import build_optimizer, build_policy, build_reference, build_whole
 from medground.config import Config, DataConfig, LoraConfig, LossConfig, ModelConfig, OptimizerConfig, ShardingConfig
 from medground.packing import pack
 from medground.policy import load_policy
@@ -92,6 +92,25 @@ def test_the_reference_is_a_frozen_model_in_the_compute_dtype(precision: str, fo
         found, want = reference(packed, 0.7), policy(packed, 0.7)
     assert torch.equal(found.logp, want.logp), "before the first step they are one"
     assert all(isinstance(parameter, DTensor) for parameter in reference.parameters()), "no unit stays whole"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_only_asked_is_whole_and_frozen(tied: bool, dtype: torch.dtype, ranks: Ranks, tmp_path: Path):
+    vlm = small_model()
+    vlm.config.tie_word_embeddings = vlm.config.text_config.tie_word_embeddings = tied
+    vlm.tie_weights()
+    vlm.save_pretrained(tmp_path)
+    policy, want = build_whole(tmp_path, dtype, ranks), load_policy(tmp_path, dtype)
+    assert not policy.training
+    for name, weight in want.named_parameters():
+        found = policy.get_parameter(name)
+        assert (found.dtype, found.requires_grad, found.device) == (dtype, False, ranks.device), name
+        assert torch.equal(found.cpu(), weight), name
+    for name, buffer in want.named_buffers():
+        assert torch.equal(policy.get_buffer(name).cpu(), buffer) and buffer.dtype == torch.float32, name
+    head, embedding = policy.vlm.lm_head.weight, policy.vlm.model.language_model.embed_tokens.weight
+    assert (head.data_ptr() == embedding.data_ptr()) == tied
 
 
 def test_with_adapters_the_policy_is_its_own_reference(folder: Path):

@@ -1,30 +1,16 @@
-"""Controls and coordinates of the evaluation."""
+"""Coordinates of the evaluation."""
 
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
 import torch
 
-from medground.evaluate import _other_images, read_answer
+from medground.evaluate import read_answer
 from medground.records import Example, Prompt
 
 
 def example(i: int, patient: str) -> Example:
     return Example(str(i), f"{i}.png", 100, 50, "x", ((0.0, 0.0, 1.0, 1.0),), "c", patient, "s", "t", "test")
-
-
-def test_shuffled_images_are_another_patients():
-    examples = [example(i, f"p{i // 3}") for i in range(11)]
-    shown = _other_images(examples)
-    patient_of = {e.image: e.patient for e in examples}
-    assert all(patient_of[image] != e.patient for image, e in zip(shown, examples, strict=True))
-    assert len(set(shown)) > 6
-
-
-def test_one_patient_cannot_be_shuffled():
-    with pytest.raises(ValueError, match="two patients"):
-        _other_images([example(i, "p") for i in range(3)])
 
 
 def test_answers_come_in_original_pixels():

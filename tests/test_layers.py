@@ -17,8 +17,8 @@ PROGRAMS = ("cli", "train", "demo", "plan", "__main__")
 """Rooms of medground/ that may import everything, and that nothing but a program may import."""
 
 WIRED = (
-    "build", "evaluate", "preflight", "loading", "summary", "predict", "base_model", "audit", "show_prompt",
-    "encoder_tools",
+    "build", "evaluate", "preflight", "loading", "summary", "predict", "base_model", "base_answers", "audit",
+    "show_prompt", "encoder_tools", "controls", "evaluate_model",
 )  # fmt: skip
 """Rooms that put stages together: they may import every stage and each other; a stage may not import them."""
 
@@ -30,6 +30,8 @@ KERNELS_MAY_IMPORT = {"torch", "triton", "medground_kernels", *sys.stdlib_module
 EXCEPTIONS = {
     ("report", "medground.datasets.images"): "the page shows films as the model's loader reads them",
     ("report", "medground.datasets.folders"): "and finds them where it does",
+    ("report", "medground.datasets.inventory"): "and says which ones they are",
+    ("report", "medground.weight_files"): "controls that were asked later are shown where they are of the run's export",
     ("policy", "medground.lora"): "a policy may have adapters; lora is a leaf: torch, peft and names of weights",
     ("sharding", "medground.lora"): "what decodes has adapters merged",
     ("sharding", "medground.job.store"): "where ranks meet; a leaf",
@@ -37,6 +39,7 @@ EXCEPTIONS = {
     ("checkpoint", "medground.checkpoint_folder"): "its files, without torch; a leaf",
     ("checkpoint", "medground.adamw"): "it holds the optimizer's state; adamw is a leaf: torch, torchao",
     ("export", "medground.lora"): "adapters are exported",
+    ("eval_folder", "medground.run_folder"): "it is held and written as a run's is",
     ("scoring", "medground.set_iou"): "metrics are means of it; it is a leaf: numpy and the type of a box",
     ("scoring", "medground.datasets.faults"): "files of predictions are checked as data sets are; a leaf",
     ("scoring", "medground.datasets.json_items"): "and read; a leaf: json and faults",

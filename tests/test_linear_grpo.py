@@ -46,7 +46,7 @@ def compare(leaves, rest, slack=4e-6, memory_budget=None, **more):
     return ours
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     options=options(),
     S=st.integers(1, 5),

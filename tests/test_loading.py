@@ -18,7 +18,7 @@ import torch
 from medground.config import AugmentConfig
 from medground.data_order import DataOrder
 from medground.datasets.manifest import load_records
-from medground.loading import Loader, PromptMaker, Question, WorkerDiedError, prompts_of_steps
+from medground.loading import Loader, PromptMaker, Question, WorkerDiedError, check_shared_memory, prompts_of_steps
 from medground.prompts import load_processor
 from medground.records import Prompt
 
@@ -195,3 +195,16 @@ def alive(pid: int) -> bool:
         return status.read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_shared_memory_that_is_too_small(tmp_path: Path, monkeypatch):
+    import medground.loading
+
+    free = SimpleNamespace(free=100e6)
+    monkeypatch.setattr(medground.loading.shutil, "disk_usage", lambda place: free)
+    # 8 of the step, 2 workers with 4 of the next and 4 of an evaluation each: 24 of 100 tokens of 18,816 bytes
+    check_shared_memory(2, 8, 100, 2, tmp_path)
+    with pytest.raises(ValueError, match=r"data.workers: want 135 MB free in .* of 3 ranks on this host; got 100 MB"):
+        check_shared_memory(2, 8, 100, 3, tmp_path)
+    check_shared_memory(0, 8, 100, 3, tmp_path)
+    check_shared_memory(2, 8, 100, 3, tmp_path / "none")

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import time
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -254,7 +255,7 @@ def test_select(folder):
 
 def test_each_image_is_measured_once(folder, monkeypatch):
     measured = []
-    monkeypatch.setattr(manifest, "image_size", lambda path: measured.append(path.name) or (40, 30))
+    monkeypatch.setattr(manifest, "image_size", lambda path: measured.append(Path(path).name) or (40, 30))
     write(folder, *[GOOD | {"id": str(n)} for n in range(50)], other())
     load_records(folder)
     assert measured == ["a.png", "b.png"]

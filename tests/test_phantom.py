@@ -108,6 +108,18 @@ def test_boxes_lie_on_the_film_and_can_be_seen(films):
             assert box[1] >= 0 and box[1] + 4 <= box[3] <= SIZE
 
 
+def test_findings_lie_in_the_lungs(films):
+    for film, _ in films:
+        left, right = film.lungs
+        assert left[0] + left[2] > right[0] + right[2], "the patient's left is the film's right"
+        assert all(0 <= x1 < x2 <= SIZE and 0 <= y1 < y2 <= SIZE for x1, y1, x2, y2 in film.lungs)
+        for finding in film.findings:
+            x1, y1, x2, y2 = left if finding.side == "left" else right
+            u1, v1, u2, v2 = finding.box
+            if finding.category in LESIONS:
+                assert x1 - 3 < (u1 + u2) / 2 < x2 + 3 and y1 < (v1 + v2) / 2 < y2 + 3, finding
+
+
 def test_left_is_the_patients_left(upright):
     seen = defaultdict(int)
     for index in range(300):

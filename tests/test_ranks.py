@@ -1,5 +1,6 @@
 """Steps on 2 and 4 ranks, replicated and sharded in any way, equal those of one; and so do their checkpoints."""
 
+import json
 import os
 import re
 import subprocess
@@ -17,14 +18,15 @@ pytest.importorskip("peft")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, base_folder: Path, phantoms: Path) -> Path:
     """What `rank_runs` writes; on CPUs, since its processes are forked and more than there may be GPUs."""
     folder = tmp_path_factory.mktemp("ranks")
     script = str(Path(__file__).with_name("rank_runs.py"))
     root = Path(__file__).parents[1]  # where bench is
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, script, str(folder)], env=env, capture_output=True, text=True, check=False)
+    words = [sys.executable, script, str(folder), str(base_folder), str(phantoms)]
+    done = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -89,3 +91,15 @@ def test_moments_in_8_bits_do_not_depend_on_ranks(ranks: int, folder: Path):
     for name, value in more.items():
         assert torch.equal(one[name], value), name
         assert torch.equal(one[name.replace("from 0", "from 2")], value), f"{name}, gone on from two ranks' checkpoint"
+
+
+@pytest.mark.parametrize("name", ["predictions.jsonl", "predictions.flipped.jsonl"])
+def test_an_evaluation_depends_neither_on_ranks_nor_on_a_kill(name: str, folder: Path):
+    one, two = ([json.loads(line) for line in (folder / f"eval-{n}" / name).open()] for n in (1, 2))
+    assert len(one) == len(two) > 26 and {row["sample"] for row in one} == {0, 1}
+    for a, b in zip(one, two, strict=True):
+        assert a | {"logp": 0} == b | {"logp": 0}
+        assert a["logp"] == pytest.approx(b["logp"], abs=1e-5)
+    results = [json.loads((folder / f"eval-{n}" / "eval.json").read_text()) for n in (1, 2)]
+    assert results[0]["evaluations"] == results[1]["evaluations"]
+    assert [result["environment"]["ranks"] for result in results] == [1, 2]

@@ -1,22 +1,21 @@
 """The page of a run: whole, closed to hostile texts, and honest about what is not there yet."""
 
+import hashlib
 import json
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from made_up_run import HOSTILE, evaluation, finish_run, prediction, start_run, write_evaluation, write_lines
+from made_up_run import HOSTILE, estimate, evaluation, finish_run, prediction, start_run, write_evaluation, write_lines
 from PIL import Image
 
+from medground import weight_files
 from medground.report import gallery
 from medground.report.page import write_report
 from medground.report.run_files import read_run
 
 VOID = {"meta", "input", "link", "img", "br", "hr"}
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 @pytest.fixture
@@ -99,12 +98,13 @@ def test_headline_numbers_and_controls_are_there(finished):
         assert text in html, text
     assert "In progress" not in html
     page = Page(html)
-    assert len(page.all("figure", **{"class": "chart"})) == 13
+    assert len(page.all("figure", **{"class": "chart"})) == 14
     assert html.count("not recorded") == 0
     cards = page.all("button", **{"class": "film"})
     assert len(cards) == 12
     assert len(page.all("rect", **{"class": "truth"})) == 11  # one record has none
     assert len(page.all("rect", **{"class": "before"})) == 12
+    assert len(page.all("rect", **{"class": "thought after"})) == 2  # the third has no place on a film
     assert len(page.all("rect", **{"class": "after"})) == 8  # the rest is unreadable, empty or has no place on a film
     assert "unreadable" in html and "no box" in html and "absent" in html
 
@@ -198,32 +198,56 @@ def test_choice_of_films(tmp_path):
     assert 80 < np.mean(draws) < 120  # from all films, not from what the other kinds leave
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
-def test_the_script_runs_in_a_browser(finished, tmp_path):
-    html = report(*finished)
-    probe = """<script>
-      var controls = document.getElementById("controls"), cards = document.querySelectorAll(".film");
-      controls.elements.sort.value = "low"; controls.elements.category.value = "nodule";
-      controls.dispatchEvent(new Event("change"));
-      document.querySelector("[data-layer=before]").click();
-      var shown = Array.from(document.querySelectorAll(".film")).filter(function (c) { return !c.hidden; });
-      cards[Array.from(cards).findIndex(function (c) { return c.dataset.index === "0"; })].click();
-      document.body.dataset.probe = JSON.stringify({
-        count: controls.elements.count.textContent, ious: shown.map(function (c) { return c.dataset.iou; }),
-        hidden: document.getElementById("gallery").className, dialog: document.querySelector("dialog").innerText });
-    </script></body>"""
-    page = tmp_path / "probe.html"
-    page.write_text(html.replace("</body>", probe), encoding="utf-8")
-    command = [
-        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-        "--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path / 'profile'}",
-        "--dump-dom", page.as_uri(),
-    ]  # fmt: skip
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    parsed = Page(dom)
-    assert parsed.all("html")[0]["data-ready"] == "12"
-    found = json.loads(parsed.all("body")[0]["data-probe"])
-    assert found["count"] == "11 films" and found["ious"] == sorted(found["ious"]) and len(found["ious"]) == 11
-    assert found["hidden"] == "gallery no-before"
-    assert "before training: IoU 0.100" in found["dialog"] and "after training: IoU" in found["dialog"]
-    assert len(parsed.all("script")) == 3
+def test_controls_are_columns_where_a_run_has_them(finished, monkeypatch):
+    run, data = finished
+    html = report(run, data)
+    assert "Blank" not in html and "Mirrored" not in html and "Its middle" not in html
+    scores = {name: evaluation(0, value) for name, value in (("blind", 0.31), ("whole", 0.11), ("centre", 0.21))}
+    (run / "eval/baselines.json").write_text(json.dumps(scores))
+    html = report(run, data)
+    assert "0.210\u20130.410" in html and "31.0\u202f%" in html, "of the blind baseline all metrics"
+    assert "Whole image" in html and "Its middle" in html
+    (data / "records.jsonl").write_text("{}\n")
+    environment = json.loads((run / "environment.json").read_text()) | {"data_sha256": "d" * 64}
+    (run / "environment.json").write_text(json.dumps(environment))
+    monkeypatch.setattr(weight_files, "weights_hash", lambda folder: f"of {folder.name}")
+    asked = {"blank": evaluation(0, 0.17), "flipped": evaluation(0, 0.53) | {"agreement": estimate(0.77)}}
+    options = {"split": "test", "data_sha256": "d" * 64, "model_sha256": "of export", "samples": 1, "temperature": 0.0}
+    (run / "eval/later").mkdir()
+    later = run / "eval/later/eval.json"
+    later.write_text(json.dumps({"options": options, "evaluations": asked}))
+    assert "After, blank" not in report(run, data), "there is no export to compare with"
+    (run / "export").mkdir()
+    (run / "export/config.json").write_text("{}")
+    html = report(run, data)
+    assert "After, blank" in html and "After, mirrored" in html and "IoU of 0.770 (0.670\u20130.870)" in html
+    for name, other in (
+        ("split", "val"), ("data_sha256", "e" * 64), ("model_sha256", "of base"), ("samples", 2), ("temperature", 0.5)
+    ):  # fmt: skip
+        later.write_text(json.dumps({"options": options | {name: other}, "evaluations": asked}))
+        assert "After, blank" not in report(run, data), name
+
+
+def test_rewards_that_are_on_have_their_lines(finished):
+    run, data = finished
+    html = report(run, data)
+    assert "semantic</li>" not in html and "threshold of" not in html and "MFU" not in html
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    more = {"reward_spatial": 0.4, "reward_semantic": 0.3, "reward_length": 0.2, "reward_custom": 0.1, "threshold": 0.5}
+    write_lines(run / "metrics.jsonl", [row | more | {"mfu": 0.4} for row in rows])
+    html = report(run, data)
+    for name in ("semantic", "length", "custom", "threshold of the curriculum"):
+        assert re.search(rf'<li><i class="s\d"></i>{name}</li>', html), name
+    assert "MFU" in html
+
+
+def test_the_setup_says_which_data_it_was(finished):
+    run, data = finished
+    (data / "records.jsonl").write_text("{}\n")
+    (data / "manifest.json").write_text(json.dumps({"schema": 1, "licence": HOSTILE}))
+    (run / "environment.json").write_text(json.dumps({"data_sha256": "d" * 64}))
+    page = Page(report(run, data))
+    shown = [text for _, text in page.texts]
+    now = hashlib.sha256(b"{}\n").hexdigest()
+    assert now in shown and HOSTILE in shown
+    assert f"no: {'d' * 64} then, {now} now" in shown

@@ -6,8 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from chaos import differences
+from launch import torchrun
 
-from medground.config import LossConfig, RewardConfig, load_config
+from medground.config import LossConfig, RewardConfig, load_config, save_config
 from medground.encoder_tools import BuildConfig, build_encoder
 from medground.train import train
 
@@ -34,7 +36,9 @@ def straight(tiny_job, phantoms: Path, tmp_path_factory):
     )  # fmt: skip
     loss = LossConfig(beta=0.05, micro_batch_tokens=1000, per_reward=True, drop_zero_spread=True, mask_truncated=True)
     config = dataclasses.replace(config, reward=reward, loss=loss)
-    config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, max_new_tokens=40))
+    config = dataclasses.replace(
+        config, rollout=dataclasses.replace(config.rollout, max_new_tokens=40, group_size=2, temperature=0.3)
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
         patch.setattr("medground.rewards.curriculum.MARGIN", 0.0)  # the tiny model does not get that far
@@ -66,3 +70,19 @@ def test_a_resumed_run_has_the_curriculum_where_it_was(straight: Path, tmp_path:
     assert [row["threshold"] for row in ours] == [row["threshold"] for row in theirs]
     for name in ("reward", "loss", "grad_norm", *(f"reward_{name}" for name in REWARDS)):
         assert [row[name] for row in ours] == [row[name] for row in theirs], name
+
+
+def test_two_ranks_earn_and_learn_what_one_does(straight: Path, tmp_path: Path):
+    """Groups leave the update on one rank and not on the other, and the curriculum sees those of both."""
+    config = dataclasses.replace(load_config(straight / "config.json"), out=str(tmp_path / "run"))
+    save_config(config, tmp_path / "config.json")
+    script = tmp_path / "start.py"
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(straight.parent)!r})\n"
+        "import medground.rewards.curriculum\nmedground.rewards.curriculum.MARGIN = 0.0\n"
+        f"from medground.cli import main\nsys.exit(main(['train', '--config', {str(tmp_path / 'config.json')!r}]))\n"
+    )
+    done = torchrun(2, str(script))
+    assert done.returncode == 0, done.stderr
+    assert any(0 < row["zero_spread_groups"] < 1 for row in metrics(straight)), "a group was left out"
+    assert differences(straight, tmp_path / "run", atol=1e-5) == []

@@ -139,7 +139,8 @@ def test_format_by_template():
     ]
     said = [[parse_answer(text) for text in (*texts, box)]]
     assert format_reward(said).tolist() == format_reward(said, "plain").tolist() == [[1, 1, 1, 0]]
-    assert format_reward(said, "chain-of-box").tolist() == [[0, 1, 0, 0]]
+    for template in ("chain-of-box", "brief-chain"):
+        assert format_reward(said, template).tolist() == [[0, 1, 0, 0]]
 
 
 def test_length_falls_over_the_buffer():

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from uneven_update import LARGEST, all_groups, assert_same_gradient, update
 
 from medground.config import LossConfig, load_config
+from medground.predict import Grounder
 from medground.sharding import join_ranks
 from medground.train import _learning_rate, train
 
@@ -54,6 +55,7 @@ def straight(tiny_job, tmp_path_factory) -> Path:
 def test_a_run_leaves_what_it_should(straight: Path):
     names = {str(path.relative_to(straight)) for path in straight.rglob("*") if path.is_file()}
     want = {"config.json", "environment.json", "metrics.jsonl", "summary.json", "report.html", "export/config.json"}
+    want |= {"eval/baselines.json", "export/README.md", "export/medground.json"}
     want |= {f"eval/step-{step:06d}{kind}" for step in (0, 5) for kind in (".json", ".shuffled.json", ".curve.json")}
     want |= {f"eval/step-{step:06d}{kind}.predictions.jsonl" for step in (0, 5) for kind in ("", ".shuffled", ".curve")}
     want |= {f"samples/step-{step:06d}.jsonl" for step in range(1, 6)}
@@ -74,6 +76,20 @@ def test_a_run_leaves_what_it_should(straight: Path):
         assert 0 <= summary[key] <= 1
     environment = json.loads((straight / "environment.json").read_text())
     assert environment["packages"]["torch"] == torch.__version__ and len(environment["data_sha256"]) == 64
+
+
+def test_the_export_answers_as_the_last_evaluation_did(straight: Path, phantoms: Path):
+    rows = [json.loads(line) for line in (straight / "eval/step-000005.predictions.jsonl").read_text().splitlines()][:4]
+    grounder = Grounder.load(straight / "export")
+    for row in rows:
+        (found,) = grounder.locate(phantoms / row["image"], row["phrase"])
+        assert found.completion == row["completion"]
+        assert [list(box) for box in found.boxes] == (row["boxes"] or [])
+    card = (straight / "export/README.md").read_text()
+    environment = json.loads((straight / "environment.json").read_text())
+    assert environment["data_sha256"] in card and all(v in card for v in environment["manifests_sha256"].values())
+    assert environment["manifests_sha256"] and f"| {environment['records']['train']} |" in card
+    assert str(straight) not in card and str(phantoms) not in card
 
 
 def test_training_changes_every_weight(straight: Path, base_folder: Path):
@@ -98,6 +114,7 @@ def test_adapters_train_the_layers_alone(adapted: Path, base_folder: Path):
     for name in before:
         trained = name.startswith("model.layers.") and name.endswith("_proj.weight")
         assert torch.equal(before[name], after[name]) != trained, name
+    assert "library_name: peft" in (adapted / "export/adapter/README.md").read_text()
     rows = metrics(adapted)
     assert rows[0]["kl"] < 1e-3 and rows[-1]["kl"] > 2 * rows[0]["kl"]
     assert max(row["logp_gap_max"] for row in rows) < 1e-4, "what sampled is what is trained"

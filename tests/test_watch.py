@@ -148,6 +148,21 @@ def test_a_store_that_does_not_answer(place: Place, deaths, monkeypatch):
     )
 
 
+def test_nobody_is_silent_where_the_store_does_not_answer(place: Place, deaths, monkeypatch):
+    """What it said last is as old as the cut, a sign in it older: it is the store's turn to be named."""
+    watcher = module._Watcher(Progress(), place, 1, 2, 6.0)
+    now = time.monotonic()
+    watcher._signs = {rank: (sign(), now - 6.3) for rank in range(2)}
+    watcher._answered = now - 5.9
+    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    monkeypatch.setattr(watcher, "_ended", _Times(1))
+    watcher._judge()
+    assert not deaths
+    watcher._answered, watcher._ended.left = now - 6.1, 1
+    watcher._judge()
+    assert deaths[0][1].startswith("no answer for 6 s from localhost")
+
+
 def test_a_process_that_was_stopped_blames_nobody(place: Place, deaths, monkeypatch):
     """Its clocks have run on: the others only seem to be silent."""
     watcher = module._Watcher(Progress(), place, 0, 2, 0.5)

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from stream_cases import small_model
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from medground import weight_files
 from medground.policy import empty_policy
-from medground.weight_files import check_weights, read_weights, stored_weights
+from medground.weight_files import check_weights, read_weights, stored_weights, weights_hash
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -174,3 +175,25 @@ def test_a_tied_head_may_be_there_if_it_is_the_embedding(tmp_path: Path):
     change(tmp_path, **{HEAD: weight[1:].clone()})
     with pytest.raises(ValueError, match=r"model.safetensors: want .* got 'lm_head.weight'"):
         read(tmp_path, torch.float32)
+
+
+def test_a_hash_of_weights_changes_with_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    save(tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole, before = weights_hash(tmp_path), file.read_bytes()
+    assert weights_hash(tmp_path) == whole
+    for at in (0, len(before) // 3, len(before) - 1):
+        file.write_bytes(before[:at] + bytes([before[at] ^ 1]) + before[at + 1 :])
+        assert weights_hash(tmp_path) != whole, "a small file is read whole"
+    file.write_bytes(before)
+    monkeypatch.setattr(weight_files, "_STRETCH", 100)  # now it is a large one
+    partly = weights_hash(tmp_path)
+    assert partly != whole
+    for at in (5, len(before) - 1):  # in its first and its last stretch
+        file.write_bytes(before[:at] + bytes([before[at] ^ 1]) + before[at + 1 :])
+        assert weights_hash(tmp_path) != partly
+    file.write_bytes(before + b"x")
+    assert weights_hash(tmp_path) != partly, "another size"
+    (tmp_path / "config.json").write_text("{}")
+    file.write_bytes(before)
+    assert weights_hash(tmp_path) != partly

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from medground.datasets.faults import Faults
-from medground.datasets.inventory import read_images
+from medground.datasets.inventory import MANIFEST, file_hash, read_images
 from medground.datasets.manifest import load_records, records_hash
 from medground.records import Example
 
@@ -61,6 +61,12 @@ def folders_hash(folders: Sequence[str]) -> str:
         return records_hash(folders[0])
     lines = [f"{records_hash(folder)} {folder_name(folder)}\n" for folder in folders]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def manifest_hashes(folders: Sequence[str]) -> dict[str, str]:
+    """SHA-256, in hexadecimal, of the manifest.json of each folder that has one, by the folder's name."""
+    files = {folder_name(folder): Path(folder) / MANIFEST for folder in folders}
+    return {name: file_hash(file) for name, file in files.items() if file.is_file()}
 
 
 def _check_splits(folders: Sequence[str], parts: Sequence[Sequence[Example]]) -> None:

@@ -109,6 +109,7 @@ class _Checker:
         # what may lie in one split only: (field, value) -> split, line
         self.places: dict[tuple[str, str], tuple[str, int]] = {}
         self.images: dict[str, tuple[int, int] | str] = {}  # image -> its size, or what is wrong with it
+        self.folders: dict[str, str] = {}  # those of images, links followed
 
     def check(self, number: int, line: bytes) -> Example | None:
         before = len(self.faults)
@@ -208,10 +209,10 @@ class _Checker:
             self._complain(number, "width, height", wanted, f"{values['width']}x{values['height']}")
 
     def _measure(self, name: str) -> tuple[int, int] | str:
-        if wanted := fault_of_path(self.root, name, "the data folder"):
+        if wanted := fault_of_path(self.root, name, "the data folder", self.folders):
             return wanted
         try:
-            return image_size(self.root / name)
+            return image_size(f"{self.root}/{name}")
         except ValueError as error:
             return f"a readable image ({error})"
 

@@ -22,11 +22,11 @@ from medground.datasets.films import image_row
 from medground.datasets.inventory import IMAGES, Counts, command_line, write_images, write_manifest
 from medground.datasets.manifest import RECORDS, write_records
 from medground.datasets.phantom_dicom import require_pydicom, write_dicom
-from medground.datasets.phantom_film import Pixels, draw_anatomy, expose, sample_chest
+from medground.datasets.phantom_film import Pixels, draw_anatomy, expose, lung_boxes, sample_chest
 from medground.datasets.phantom_findings import HEART, Finding, paint, plan_findings
 from medground.datasets.phantom_phrases import statements
 from medground.datasets.workers import map_in_order
-from medground.records import Example
+from medground.records import Box, Example
 
 VERSION = 1  # of the drawing: another number for films that differ
 _PARAMETERS = "phantom.json"
@@ -75,10 +75,11 @@ _Job = tuple[PhantomConfig, int, str]  # what _write_film needs: the film's inde
 
 @dataclass(frozen=True)
 class Film:
-    """A drawn film: pixels [size, size], float32, 0 to 1, and what it shows."""
+    """A drawn film: pixels [size, size], float32, 0 to 1, what it shows, and boxes around the left and right lung."""
 
     pixels: Pixels
     findings: tuple[Finding, ...]
+    lungs: tuple[Box, Box]
 
 
 def draw_film(seed: int, index: int, size: int) -> Film:
@@ -104,10 +105,11 @@ def _draw(seed: int, index: int, size: int, attempt: int) -> Film | None:
     plans = plan_findings(rng)
     chest = sample_chest(person, film, enlarged_heart=any(plan.category == HEART for plan in plans))
     canvas = draw_anatomy(chest, film, size)
+    left, right = lung_boxes(canvas)
     findings = tuple(found for plan in plans if (found := paint(canvas, plan, rng)) is not None)
     if len(findings) < len(plans):  # one lies beyond the film's edge: a pose to draw again
         return None
-    return Film(expose(canvas, film), findings)
+    return Film(expose(canvas, film), findings, (left, right))
 
 
 def film_examples(film: Film, seed: int, index: int, split: str = "train") -> list[Example]:
@@ -138,7 +140,12 @@ def phantom_examples(seed: int, index: int, size: int) -> tuple[NDArray[np.uint8
     Args: as `draw_film`.
     """
     film = draw_film(seed, index, size)
-    return _quantised(film.pixels, 255).astype(np.uint8), film_examples(film, seed, index)
+    return eight_bit(film), film_examples(film, seed, index)
+
+
+def eight_bit(film: Film) -> NDArray[np.uint8]:
+    """The pixels that an 8-bit PNG of the film has: [size, size]."""
+    return _quantised(film.pixels, 255).astype(np.uint8)
 
 
 def write_phantom(config: PhantomConfig, workers: int | None = None) -> None:

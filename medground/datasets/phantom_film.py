@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from medground.records import Box
+
 Pixels = NDArray[np.floating[Any]]  # float32, all of them
 
 RIBS = 7.0  # posterior ribs between apex and base
@@ -162,12 +164,20 @@ def expose(canvas: Canvas, film: np.random.Generator) -> Pixels:
     return (pixels - low) * np.float32(1 / (high - low))
 
 
-def box_of(mask: NDArray[np.bool_]) -> tuple[float, float, float, float] | None:
+def box_of(mask: NDArray[np.bool_]) -> Box | None:
     """Smallest xyxy box in pixels around the true pixels of `mask`, None when there are none."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if not len(rows):
         return None
     return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
+
+
+def lung_boxes(canvas: Canvas) -> tuple[Box, Box]:
+    """Boxes, in pixels, around what is seen of the patient's left and right lung."""
+    seen = canvas.lung > 0.5
+    left, right = box_of(seen & (canvas.p > 0)), box_of(seen & (canvas.p < 0))
+    assert left and right, f"a lung lies beyond the film: {canvas.chest}"
+    return left, right
 
 
 def _heart(chest: Chest, p: Pixels, q: Pixels, edge: float) -> Pixels:

@@ -65,9 +65,9 @@ class Volume:
         return shown if shown.size == self.slice_size else shown.resize(self.slice_size, Image.Resampling.BICUBIC)
 
 
-def is_volume(path: Path) -> bool:
+def is_volume(path: str | Path) -> bool:
     """Whether the name is a NIfTI file's."""
-    return path.name.lower().endswith(SUFFIXES)
+    return str(path).lower().endswith(SUFFIXES)
 
 
 def read_volume(path: Path) -> Volume:

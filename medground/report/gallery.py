@@ -118,7 +118,8 @@ def _data_url(image: Image.Image, side: int) -> str:
 def _card(index: int, film: Film, kinds: tuple[str, ...], picture: str) -> str:
     record, after = film.record, film.after or film.before or film.record
     width, height = record["width"], record["height"]
-    boxes = [_rects(film.truth, "truth")]
+    boxes = [_rects(_thoughts(row), f"thought {name}") for name, row in _answers(film)]  # shown where a film is opened
+    boxes += [_rects(film.truth, "truth")]
     boxes += [_rects(drawable(row["boxes"]), name) for name, row in _answers(film)]
     return (
         f'<button type="button" class="film" data-index="{index}" data-category="{escape(record["category"])}" '
@@ -141,6 +142,11 @@ def _answers(film: Film) -> list[tuple[str, Row]]:
     return [(name, row) for name, row in (("before", film.before), ("after", film.after)) if row]
 
 
+def _thoughts(row: Row) -> tuple[Box, ...]:
+    """Boxes named while thinking; older predictions have none."""
+    return drawable(row.get("thought_boxes"))
+
+
 def _scores(film: Film) -> str:
     parts = [f'<span class="{name}">{row["iou"]:.2f}</span>' for name, row in _answers(film)]
     remarks = [] if film.record["truth"] else ["absent"]
@@ -158,6 +164,8 @@ def _texts(film: Film) -> Row:
         if len(text) > MOST_TEXT:
             text = f"{text[:MOST_TEXT]}\n… ({len(text) - MOST_TEXT} more characters in the predictions file)"
         answers[name] = {"text": text, "iou": f"{row['iou']:.3f}", "boxes": _spoken(row["boxes"])}
+        if thoughts := row.get("thought_boxes"):
+            answers[name]["thoughts"] = _spoken(thoughts)
     record = film.record
     return {key: record[key] for key in ("id", "phrase", "category")} | {"truth": _spoken(record["truth"])} | answers
 
@@ -174,9 +182,12 @@ def _controls(chosen: list[tuple[Film, tuple[str, ...]]], total: int) -> str:
     kinds = "".join(f'<option value="{k}">{text} ({counts[k]})</option>' for k, text in KINDS.items() if counts[k])
     names = "".join(f'<option value="{escape(c)}">{escape(c)}</option>' for c in categories)
     layers = ["truth", *(name for name in ("before", "after") if any(getattr(film, name) for film, _ in chosen))]
+    if any(_thoughts(row) for film, _ in chosen for _, row in _answers(film)):
+        layers.append("thought")
+    named = {"thought": "while thinking (opened)"}
     boxes = "".join(
         f'<label class="layer"><input type="checkbox" data-layer="{layer}" checked>'
-        f'<i class="{layer}"></i>{layer}</label>'
+        f'<i class="{layer}"></i>{named.get(layer, layer)}</label>'
         for layer in layers
     )
     return (

@@ -11,10 +11,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from medground.datasets.folders import folders_hash
+from medground.datasets.inventory import file_hash, read_manifest
 from medground.report.gallery import gallery
 from medground.report.run_files import RunFiles, read_run
 from medground.report.style import SCRIPT, STYLE
-from medground.report.tables import category_table, headline_table, sentence, tiles
+from medground.report.tables import category_table, headline_table, notes, sentence, tiles
 from medground.report.training_charts import threshold_chart, training_charts
 
 
@@ -29,29 +31,43 @@ def write_report(run: Path, data: Sequence[str], out: Path) -> None:
     Raises:
         ValueError: config.json or environment.json is missing, a file is damaged, or an image cannot be read.
     """
+    Path(out).write_bytes(render(run, data))
+
+
+def render(run: Path, data: Sequence[str], script: str = "") -> bytes:
+    """The page's HTML, UTF-8; arguments and errors as of `write_report`.
+
+    Args:
+        run: its folder.
+        data: folders of its records.
+        script: of a page that is served, which asks its server for news; "" for a file, which asks nobody.
+    """
     files = read_run(Path(run))
     sections = [
         _header(files),
         _results(files),
         _section("training", "Training", training_charts(files) if files.metrics else _nothing("No step yet.")),
         _section("films", "Test films", gallery(files, data)),
-        _section("setup", "Setup", _setup(files)),
+        _section("setup", "Setup", _setup(files, data)),
     ]
-    # a lone surrogate has no UTF-8 form; it is shown by its number
-    Path(out).write_bytes(_document(_title(files), "".join(sections)).encode("utf-8", "backslashreplace"))
+    return document(_title(files), "".join(sections), script)
 
 
-def _document(title: str, body: str) -> str:
-    return (
+def document(title: str, body: str, script: str = "") -> bytes:
+    """A page around `body`, UTF-8; with a script that asks its server, it may ask that one and no other."""
+    connect = " connect-src 'self';" if script else ""
+    text = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         # nothing is fetched, whatever a text of the data may say
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
+        f'<meta http-equiv="Content-Security-Policy" content="default-src \'none\';{connect} img-src data:; '
         "style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
         f"<title>{escape(title)} · MedGround</title><style>{STYLE}</style></head>"
         f"<body><main>{body}<footer>Made by <code>medground report</code></footer></main>"
-        f"<script>{SCRIPT}</script></body></html>\n"
+        f"<script>{SCRIPT}</script>{f'<script>{script}</script>' if script else ''}</body></html>\n"
     )
+    # a lone surrogate has no UTF-8 form; it is shown by its number
+    return text.encode("utf-8", "backslashreplace")
 
 
 def _title(run: RunFiles) -> str:
@@ -110,21 +126,32 @@ def _progress(run: RunFiles) -> str:
 def _results(run: RunFiles) -> str:
     words = sentence(run)
     lead = f'<p class="lead">{words}</p>' if words else ""
-    notes = (
-        '<p class="note">Intervals: 95 %, bootstrap over patients. Shuffled: every phrase with the image of another '
-        "patient; what the model scores there it scores without looking. Blind baseline: for every phrase the constant "
-        "box that fits the training records best.</p>"
-    )
     categories = category_table(run)
     detail = f'<div class="pair"><div>{categories}</div>{threshold_chart(run.films)}</div>' if categories else ""
-    return _section("results", "Results", f"{lead}{tiles(run)}{headline_table(run)}{notes}{detail}")
+    return _section("results", "Results", f"{lead}{tiles(run)}{headline_table(run)}{notes(run)}{detail}")
 
 
-def _setup(run: RunFiles) -> str:
-    parts = {"Configuration": dataclasses.asdict(run.config), "Environment": run.environment}
+def _setup(run: RunFiles, data: Sequence[str]) -> str:
+    parts = {"Configuration": dataclasses.asdict(run.config), "Environment": run.environment, "Data": _data(run, data)}
     if run.summary:
         parts["Summary"] = run.summary
     return "".join(f"<details><summary>{name}</summary>{_values(values)}</details>" for name, values in parts.items())
+
+
+def _data(run: RunFiles, folders: Sequence[str]) -> dict[str, Any]:
+    """What the folders hold now, by SHA-256, and whether that is what the run was started with."""
+    found: dict[str, Any] = {}
+    for folder in folders:
+        files = {name: Path(folder) / name for name in ("records.jsonl", "images.jsonl", "manifest.json")}
+        found[str(folder)] = {f"{name}, SHA-256": file_hash(path) for name, path in files.items() if path.is_file()}
+        for name, value in (read_manifest(Path(folder)) or {}).items():
+            if name in ("source", "command", "licence", "versions"):
+                found[str(folder)][f"manifest.{name}"] = value
+    started = run.environment.get("data_sha256")
+    if started and all((Path(folder) / "records.jsonl").is_file() for folder in folders):
+        now = folders_hash(folders)
+        found["records as the run was started with"] = "yes" if now == started else f"no: {started} then, {now} now"
+    return found
 
 
 def _values(values: dict[str, Any]) -> str:

@@ -41,7 +41,9 @@ class RunFiles:
         environment: environment.json.
         metrics: lines of metrics.jsonl by rising step.
         curve: small evaluations by rising step.
-        evaluations: whole evaluations, by "before", "after", "before_shuffled" and "after_shuffled", those that exist.
+        evaluations: whole evaluations, by "before", "after", "before_shuffled" and "after_shuffled"; "blind", "whole"
+            and "centre", which need no model; "after_blank" and "after_flipped", of the export, where `medground eval`
+            asked for them; those that exist.
         films: records of the test split, in the order of the evaluation.
         summary: summary.json; None while the run goes on.
     """
@@ -81,7 +83,7 @@ def read_run(run: Path) -> RunFiles:
         environment=_json(run / "environment.json"),
         metrics=[steps[step] for step in sorted(steps)],
         curve=[_json(path) for path in curve],
-        evaluations={name: _json(path) for name, path in found.items()},
+        evaluations=_asked_later(run) | _baselines(run) | {name: _json(path) for name, path in found.items()},
         films=_films(*(_predictions(found.get(name)) for name in ("before", "after"))),
         summary=_json(summary) if summary.exists() else None,
     )
@@ -106,6 +108,32 @@ def _evaluation_files(folder: Path) -> tuple[dict[tuple[int, str], Path], list[P
         elif name:
             whole[int(name[1]), name[2]] = path
     return whole, [curve[step] for step in sorted(curve)]
+
+
+def _baselines(run: Path) -> dict[str, Row]:
+    path = run / "eval" / "baselines.json"
+    return _json(path) if path.exists() else {}
+
+
+def _asked_later(run: Path) -> dict[str, Row]:
+    """Controls of the run's export, asked greedily about its own test records (docs/evaluating.md)."""
+    found: dict[str, Row] = {}
+    paths = sorted((run / "eval").glob("*/eval.json")) if (run / "export" / "config.json").is_file() else []
+    for path in paths:
+        from medground.weight_files import weights_hash  # and torch, which a page seldom needs
+
+        options, asked = (_json(path).get(part, {}) for part in ("options", "evaluations"))
+        wanted = {
+            "split": load_config(run / "config.json").data.test_split,
+            "data_sha256": _json(run / "environment.json").get("data_sha256"),
+            "model_sha256": weights_hash(run / "export"),
+            "samples": 1,
+            "temperature": 0,
+        }
+        if all(options.get(name) == value for name, value in wanted.items()):
+            found |= {f"after_{name}": asked[name] for name in ("blank", "flipped") if name in asked}
+            found |= {name: asked[name] for name in ("blind", "whole", "centre") if name in asked}
+    return found
 
 
 def _predictions(evaluation: Path | None) -> list[Row]:

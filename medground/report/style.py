@@ -53,6 +53,8 @@ th small, td small { display: block; font-weight: 400; }
 tbody th { font-weight: 550; }
 .metrics td { min-width: 118px; }
 .metrics tbody th { min-width: 190px; }
+.many td { min-width: 96px; padding: 9px 8px; } .many th { padding: 9px 8px; }
+.many tbody th { min-width: 140px; } .many th:first-child { padding-left: 14px; }
 .tile .small span { float: right; }
 .none { color: var(--muted); }
 .categories th, .categories td { padding: 6px 12px; vertical-align: middle; }
@@ -93,7 +95,8 @@ svg text { fill: var(--muted); font-size: 10.5px; font-variant-numeric: tabular-
   border-radius: 8px; padding: 4px 6px; max-width: 190px; }
 .layers { display: flex; flex-wrap: wrap; gap: 4px 14px; }
 .layer { display: flex; align-items: center; gap: 5px; cursor: pointer; }
-.layer i { width: 20px; height: 13px; border: 2px solid; border-radius: 0; margin: 0; background: #10151c; }
+.layer i { width: 20px; height: 13px; border: 2px solid; border-radius: 0; margin: 0; background: #10151c padding-box; }
+i.thought { color: var(--s5); border-style: dotted; }
 i.truth { color: var(--truth); } i.before { color: var(--before); border-style: dashed;
   } i.after { color: var(--after); }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(204px, 46%), 1fr)); gap: 12px; }
@@ -114,13 +117,19 @@ i.truth { color: var(--truth); } i.before { color: var(--before); border-style: 
 svg rect.truth, svg rect.before, svg rect.after { fill: none; stroke-width: 2; vector-effect: non-scaling-stroke; }
 svg rect.truth { stroke: var(--truth); } svg rect.after { stroke: var(--after); }
 svg rect.before { stroke: var(--before); stroke-dasharray: 5 4; }
-.no-truth rect.truth, .no-before rect.before, .no-after rect.after { display: none; }
+svg rect.thought { stroke-width: 1.6; stroke-dasharray: 0.1 4.4; stroke-linecap: round; }
+.gallery rect.thought { display: none; }
+.no-truth rect.truth, .no-before rect.before, .no-after rect.after, .no-thought rect.thought { display: none; }
 dialog { width: min(980px, 94vw); max-height: 92vh; padding: 0; border: 1px solid var(--line); border-radius: 14px;
   background: var(--card); color: var(--ink); }
 dialog::backdrop { background: rgb(5 9 15 / 0.6); }
 .opened { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); }
 .opened .words { padding: 18px 20px; overflow: auto; max-height: 90vh; }
 .opened h3 { margin: 14px 0 2px; }
+.opened h3::before { content: ""; display: inline-block; width: 16px; height: 10px; margin-right: 7px;
+  border: 2px solid; background: #10151c padding-box; }
+.opened h3.truth::before { border-color: var(--truth); } .opened h3.after::before { border-color: var(--after); }
+.opened h3.before::before { border-color: var(--before); border-style: dashed; }
 .opened .title { font-size: 17px; font-weight: 650; overflow-wrap: anywhere; margin: 0 0 4px; unicode-bidi: isolate; }
 .opened pre { margin: 4px 0 0; padding: 9px 11px; background: var(--wash); border: 1px solid var(--line);
   border-radius: 8px;
@@ -152,6 +161,12 @@ footer { margin-top: 40px; font-size: 12.5px; color: var(--muted); }
 @media print {
   body { background: #fff; } main { max-width: none; padding: 0; }
   .controls select, .controls output { display: none; }
+  .scroll { overflow: visible; }
+  .metrics th, .metrics td { min-width: 0; padding: 6px 4px; font-size: 11px; }
+  .metrics small, .many tbody th { font-size: 9.5px; min-width: 0; }
+  .pair { grid-template-columns: minmax(0, 1fr); } .pair .chart { max-width: 390px; }
+  .charts { grid-template-columns: 1fr 1fr; }
+  .gallery { grid-template-columns: repeat(4, 1fr); }
   .chart, .film, .tile, tr { break-inside: avoid; }
   h2 { break-after: avoid; }
 }
@@ -203,20 +218,22 @@ SCRIPT = """
 
   function answer(words, name, found) {
     if (!found) { return; }
-    add(words, "h3", name + " training: IoU " + found.iou);
+    add(words, "h3", name + " training: IoU " + found.iou, name);
     add(words, "p", found.boxes, "small");
+    if (found.thoughts) { add(words, "p", "while thinking: " + found.thoughts, "small"); }
     add(words, "pre", found.text || "(empty)");
   }
 
   function open(card) {
     var film = films[card.dataset.index];
+    var pressed = dialog.contains(document.activeElement) ? document.activeElement.textContent : "";
     dialog.replaceChildren();
     var opened = add(dialog, "div", "", "opened");
     opened.appendChild(card.querySelector("svg").cloneNode(true));
     var words = add(opened, "div", "", "words");
     add(words, "p", film.phrase, "title");
     add(words, "p", film.category + " · " + film.id, "small");
-    add(words, "h3", "truth");
+    add(words, "h3", "truth", "truth");
     add(words, "p", film.truth, "small");
     answer(words, "before", film.before);
     answer(words, "after", film.after);
@@ -230,6 +247,9 @@ SCRIPT = """
       if (event.key === "ArrowRight") { step(card, 1); }
     };
     if (!dialog.open) { dialog.showModal(); }
+    // what had the focus is gone, and keys with it
+    var same = Array.from(bar.children).find(function (button) { return button.textContent === pressed; });
+    (same || bar.children[1]).focus();
   }
 
   function step(card, by) {
@@ -245,5 +265,59 @@ SCRIPT = """
   dialog.addEventListener("click", function (event) { if (event.target === dialog) { dialog.close(); } });
   arrange();
   document.documentElement.dataset.ready = String(films.length);
+})();
+"""
+
+LIVE_SCRIPT = """
+(function () {
+  "use strict";
+  // a page that is served asks for its version, and comes again, as it stood, when there is another
+  var version = "VERSION", key = "medground", title = document.title;
+
+  function fields() { return Array.from(document.querySelectorAll("main select, main input")); }
+  function folds() { return Array.from(document.querySelectorAll("main details")); }
+  function nameOf(field, at) { return field.name || field.dataset.layer || String(at); }
+  function valueOf(field) { return field.type === "checkbox" ? field.checked : field.value; }
+
+  function save() {
+    var state = { y: window.scrollY, open: folds().map(function (fold) { return fold.open; }), fields: {} };
+    fields().forEach(function (field, at) { state.fields[nameOf(field, at)] = valueOf(field); });
+    sessionStorage.setItem(key, JSON.stringify(state));
+  }
+
+  function restore() {
+    var state = JSON.parse(sessionStorage.getItem(key) || "null"), forms = new Set();
+    sessionStorage.removeItem(key);
+    if (!state) { return; }
+    folds().forEach(function (fold, at) { fold.open = Boolean(state.open[at]); });
+    fields().forEach(function (field, at) {
+      var value = state.fields[nameOf(field, at)];
+      if (value === undefined) { return; }
+      if (field.type === "checkbox") { field.checked = value; }
+      // a choice that is gone leaves the field as it is
+      else if (!field.options || Array.from(field.options).some(function (o) { return o.value === value; })) {
+        field.value = value;
+      }
+      if (field.form) { forms.add(field.form); }
+    });
+    forms.forEach(function (form) { form.dispatchEvent(new Event("change")); });
+    window.scrollTo(0, state.y);
+  }
+
+  function look() {
+    fetch("/version", { cache: "no-store" }).then(function (answer) {
+      if (!answer.ok) { throw new Error(String(answer.status)); }
+      return answer.text();
+    }).then(function (now) {
+      document.title = title;
+      // who reads a film's answers is not disturbed
+      if (now !== version && !document.querySelector("dialog[open]")) { save(); location.reload(); }
+    }).catch(function () { document.title = "(not served) " + title; });
+  }
+
+  if ("scrollRestoration" in history) { history.scrollRestoration = "manual"; }
+  restore();
+  document.documentElement.dataset.version = version;
+  setInterval(look, 3000);
 })();
 """

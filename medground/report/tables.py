@@ -9,9 +9,13 @@ from medground.report.run_files import Row, RunFiles
 COLUMNS = {
     "before": ("Before", "step 0", 1),
     "after": ("After", "last step", 0),
-    "before_shuffled": ("Before, shuffled", "another patient's image", 3),
-    "after_shuffled": ("After, shuffled", "another patient's image", 3),
-    "blind": ("Blind baseline", "best constant per phrase", 5),
+    "before_shuffled": ("Before, shuffled", "another's image", 3),
+    "after_shuffled": ("After, shuffled", "another's image", 3),
+    "after_blank": ("After, blank", "a grey image", 3),
+    "after_flipped": ("After, mirrored", "and mirrored back", 2),
+    "blind": ("Blind baseline", "best constant box", 5),
+    "whole": ("Whole image", "no model", 5),
+    "centre": ("Its middle", "no model", 5),
 }  # heading, explanation, color
 HEADLINE = {
     "miou": ("Mean IoU", "overlap with the true boxes, where there are any"),
@@ -55,11 +59,38 @@ def headline_table(run: RunFiles) -> str:
     head = "".join(f'<th scope="col">{COLUMNS[c][0]}<small>{COLUMNS[c][1]}</small></th>' for c in columns)
     top = "".join(_metric_row(run, name, *text, columns) for name, text in HEADLINE.items())
     more = "".join(_metric_row(run, name, *text, columns) for name, text in FURTHER.items())
-    start = f'<table class="metrics"><thead><tr><th scope="col">Test records</th>{head}</tr></thead><tbody>'
+    many = " many" if len(columns) > 6 else ""
+    start = f'<table class="metrics{many}"><thead><tr><th scope="col">Test records</th>{head}</tr></thead><tbody>'
     return (
         f'<div class="scroll">{start}{top}</tbody></table></div>'
         f'<details><summary>More metrics</summary><div class="scroll">{start}{more}</tbody></table></div></details>'
     )
+
+
+def notes(run: RunFiles) -> str:
+    """What the columns mean, of those that are there."""
+    texts = ["Intervals: 95 %, bootstrap over patients."]
+    if {"before_shuffled", "after_shuffled"} & run.evaluations.keys():
+        texts.append(
+            "Shuffled: every phrase with the image of another patient; what the model scores there it scores without "
+            "looking."
+        )
+    if "after_blank" in run.evaluations:
+        texts.append("Blank: with a grey image.")
+    if flipped := run.evaluations.get("after_flipped"):
+        texts.append(
+            "Mirrored: with the image mirrored and left and right swapped in the phrase, boxes mirrored back; a model "
+            "that reads both scores as on the film itself."
+        )
+        if (found := flipped.get("agreement")) and found["value"] is not None:
+            texts.append(
+                f"Those boxes overlap the plain ones with an IoU of {found['value']:.3f} ({interval('miou', found)})."
+            )
+    if _estimate(run, "blind", "miou"):
+        texts.append("Blind baseline: for every phrase the constant box that fits the training records best.")
+    if "centre" in run.evaluations:
+        texts.append("Whole image and its middle: one box for every phrase, of all and of half of width and height.")
+    return f'<p class="note">{" ".join(texts)}</p>'
 
 
 def category_table(run: RunFiles) -> str:
@@ -144,8 +175,11 @@ def _bars(name: str, pair: list[Row | None]) -> str:
 
 
 def _estimate(run: RunFiles, column: str, metric: str) -> Row | None:
-    """{"value", "low", "high", "n"} of an evaluation; of the blind baseline the summary has the mean IoU alone."""
-    if column != "blind":
+    """{"value", "low", "high", "n"} of an evaluation.
+
+    Of the blind baseline, older runs have the mean IoU alone, in the summary.
+    """
+    if column != "blind" or column in run.evaluations:
         metrics: Mapping[str, Row] = run.evaluations.get(column, {}).get("metrics", {})
         return metrics.get(metric)
     summary = run.summary or {}

@@ -21,7 +21,11 @@ def training_charts(run: RunFiles) -> str:
         series("weighted sum", "reward"),
         series("spatial", "reward_spatial", 2),
         series("format", "reward_format", 3),
+        series("semantic", "reward_semantic", 1),
+        series("length", "reward_length", 4),
+        series("custom", "reward_custom", 6),
     ]
+    overlap = [series("IoU", "iou"), series("threshold of the curriculum", "threshold", 1)]
     waste = [
         series("groups that all earned the same", "zero_spread_groups", 1),
         series("completions cut", "truncated", 4),
@@ -29,11 +33,12 @@ def training_charts(run: RunFiles) -> str:
     clips = [series("clipped below", "clip_low", 1), series("clipped above", "clip_high", 4)]
     figures = [
         held_out_chart(run.curve),
-        single("IoU of sampled completions", "iou"),
-        line_chart("Reward", rewards, floor=0.0),
+        line_chart("IoU of sampled completions", overlap, floor=0.0),
+        line_chart("Reward: weighted sum, and parts before their weights", rewards, floor=0.0),
         single("Tokens per completion", "completion_length"),
         line_chart("Groups without spread, completions cut", waste, floor=0.0),
         single("Entropy, nats per token", "entropy"),
+        single("Log-prob gap: training against rollout, nats per token", "logp_gap"),
         single("KL from the reference" + ("" if run.config.loss.beta else " (beta 0: none)"), "kl"),
         line_chart("Tokens clipped, as fractions", clips, floor=0.0),
         single("Gradient norm before clipping", "grad_norm"),
@@ -41,6 +46,8 @@ def training_charts(run: RunFiles) -> str:
         single("Completion tokens per second, all ranks", "tokens_per_second"),
         phase_chart(run.metrics),
     ]
+    if any(row.get("mfu") is not None for row in run.metrics):
+        figures.append(single("MFU: operations over the GPUs' bfloat16 peak", "mfu"))
     return f'<div class="charts">{"".join(figures)}</div>'
 
 
