@@ -1,12 +1,13 @@
-"""How a model was asked when it was trained: medground.json in its folder, which `medground predict` goes by."""
+"""How a model was asked when it was trained: medground.json in its folder, which prediction and evaluation go by."""
 
 from __future__ import annotations
 
 import json
+import sys
 import typing
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from medground.config import Config, DataConfig, RolloutConfig, Template
 
@@ -68,6 +69,31 @@ def asking_of(config: Config, family: str) -> Asking:
         precision=config.model.precision,
         family=family,
     )
+
+
+def asking_for(folder: Path, family: str, changes: dict[str, Any], *, tell: bool = True) -> Asking:
+    """How to ask a model: as its folder says, or else as by default, which standard error is told.
+
+    Args:
+        folder: of the model.
+        family: model_type of its configuration.
+        changes: fields of `Asking` that the user named; None for those that were left open.
+        tell: whether to tell.
+
+    Raises:
+        ValueError: medground.json is damaged or of another family, or a field cannot be.
+    """
+    known = read_asking(folder)
+    if known and known.family not in ("", family):
+        raise ValueError(f"{folder / NAME}: family: want {family}, of config.json; got {known.family!r}")
+    asking = replace(known or Asking(), **{name: value for name, value in changes.items() if value is not None})
+    if tell and known is None:
+        print(
+            f"medground: {folder} has no {NAME}, which says how the model was asked in training; asking with "
+            f"template {asking.template}, {asking.min_pixels} to {asking.max_pixels} pixels",
+            file=sys.stderr,
+        )
+    return asking
 
 
 def read_asking(folder: Path) -> Asking | None:

@@ -35,7 +35,7 @@ commands:
   report RUN DATA...    write the page of a run again
   watch RUN             serve that page to browsers on this machine while the run goes on
   score FILE      score predictions, wherever they were made; needs no model
-  compare A B     how two files of predictions differ, metric by metric, with paired intervals
+  eval compare A B      how two files of predictions differ, metric by metric, with paired intervals
 
 medground COMMAND --help lists the options of a command."""
 
@@ -51,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(_HELP)
         return 0 if words else 2
-    name = " ".join(words[:2]) if words[0] in _TWO_WORDS else words[0]
+    name = " ".join(words[:2])
+    if words[0] not in _TWO_WORDS and name not in _COMMANDS:
+        name = words[0]
     try:
         if name not in _COMMANDS:
             raise ValueError(f"unknown command {name!r}; known are {', '.join(_COMMANDS)}")
@@ -221,10 +223,10 @@ _VERBS = {  # name -> module of its options, their class, module of its function
     "encoders build": ("encoder_tools", "BuildConfig", "", "build_encoder"),
     "eval": ("eval_config", "EvalConfig", "evaluate_model", "evaluate_model"),
     "demo": ("demo", "DemoConfig", "", "run_demo"),
-    "score": ("scoring.command", "ScoreConfig", "", "run_score"),
-    "compare": ("scoring.compare", "CompareConfig", "", "run_compare"),
     "watch": ("report.live", "WatchConfig", "", "run_watch"),
     "predict": ("predict_config", "PredictConfig", "predict", "run_predict"),
+    "score": ("scoring.command", "ScoreConfig", "", "run_score"),
+    "eval compare": ("scoring.compare", "CompareConfig", "", "run_compare"),
 }
 _COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     **{name: _plain(name) for name in _VERBS},

@@ -81,15 +81,6 @@ def agreement(plain: Sequence[Prediction], flipped: Sequence[Prediction]) -> lis
     ]
 
 
-def best_of(predictions: Sequence[Prediction]) -> list[Prediction]:
-    """Of each record's completions the one with the largest IoU, the first of equals."""
-    best: dict[str, Prediction] = {}
-    for prediction in predictions:
-        if prediction.id not in best or prediction.iou > best[prediction.id].iou:
-            best[prediction.id] = prediction
-    return list(best.values())
-
-
 def _other_images(examples: Sequence[Example]) -> list[str]:
     n = len(examples)
     others = []

@@ -23,8 +23,8 @@ class EvalConfig:
     """Folder that holds records.jsonl; several are one data set."""
     split: Literal["train", "val", "test"] = "test"
     """Whose records are asked about."""
-    template: Template = "patient-side"
-    """Wording of the question; the one that the model was trained with."""
+    template: Template | None = None
+    """Wording of the question; None for the one that the model was trained with, as its medground.json says."""
     controls: tuple[Control, ...] = ()
     """What to hold the result against. Asked of the model: shuffled (another patient's image), blank (a grey image),
     flipped (mirrored, sides swapped in the phrase). Without it: blind (best constant box per phrase of the records in
@@ -37,8 +37,8 @@ class EvalConfig:
     """Sampling temperature; 0 takes the likeliest token."""
     seed: int = 0
     """Of the sampling."""
-    max_new_tokens: int = 512
-    """Longest completion, in tokens."""
+    max_new_tokens: int | None = None
+    """Longest completion, in tokens; None as in training."""
     out: str = ""
     """Folder of the results; empty for runs/eval/ and a name made of model, split and options."""
     json: bool = False
@@ -46,12 +46,12 @@ class EvalConfig:
     piece: int = 64
     """Records decoded together: lost when the evaluation is killed. More are faster on a GPU. Another number may
     change the last bits of log-probabilities."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the computation. auto: bfloat16 on a GPU, float32 on a CPU."""
-    min_pixels: int = 56 * 56
-    """Smaller images are enlarged to this many pixels."""
-    max_pixels: int = 1280 * 28 * 28
-    """Larger images are reduced to this many pixels."""
+    precision: Literal["auto", "float32", "bfloat16"] | None = None
+    """Of the computation; None as in training. auto: bfloat16 on a GPU, float32 on a CPU."""
+    min_pixels: int | None = None
+    """Smaller images are enlarged to this many pixels; None as in training."""
+    max_pixels: int | None = None
+    """Larger images are reduced to this many pixels; None as in training."""
     cache_gb: float = 8.0
     """Memory for keys and values, per rank, in 10^9 bytes."""
     workers: int = 0
@@ -70,9 +70,7 @@ class EvalConfig:
             ("temperature", self.samples == 1 or self.temperature > 0,
              f"a number > 0 with {self.samples} samples, which would all be the same", self.temperature),
             ("seed", 0 <= self.seed < 2**31, "0 <= seed < 2**31", self.seed),
-            ("max_new_tokens", self.max_new_tokens >= 1, ">= 1", self.max_new_tokens),
             ("piece", self.piece >= 1, ">= 1", self.piece),
-            ("min_pixels", 0 < self.min_pixels <= self.max_pixels, "0 < min_pixels <= max_pixels", self.min_pixels),
             ("cache_gb", 0 < self.cache_gb < math.inf, "a number > 0", self.cache_gb),
             ("workers", 0 <= self.workers <= 64, "0 to 64", self.workers),
             ("timeout_minutes", 0 < self.timeout_minutes < math.inf, "a number > 0", self.timeout_minutes),

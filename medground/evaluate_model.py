@@ -1,6 +1,6 @@
 """`medground eval`: a model folder's answers to the records of a split, metrics, controls.
 
-    torchrun --nproc-per-node 2 -m medground eval --model DIR --data DIR --template brief --controls shuffled whole
+    torchrun --nproc-per-node 2 -m medground eval --model DIR --data DIR --controls shuffled whole
 
     records -> pieces -> questions -> prompts -> answers -> parts/ -> predictions, metrics
 
@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from medground import eval_folder
+from medground.asking import Asking, asking_for
 from medground.build import build_whole
-from medground.controls import ASKED, CONSTANT, Asked, agreement, best_of, constant_answers, questions
+from medground.controls import ASKED, CONSTANT, Asked, agreement, constant_answers, questions
 from medground.datasets.folders import folders_hash, load_folders
 from medground.datasets.manifest import select
 from medground.eval_config import EvalConfig
@@ -47,6 +48,8 @@ MAX_ROWS, PREFILL_TOKENS = 256, 8192
 """Most completions decoded at once, and most prompt tokens run at once: what a run's defaults are."""
 _NO_RESULT = ("out", "json", "workers", "timeout_minutes")
 """Options that change nothing of the results."""
+_OF_ASKING = ("template", "min_pixels", "max_pixels", "max_new_tokens", "precision")
+"""Options that the model's folder has an answer to."""
 
 
 def evaluate_model(config: EvalConfig) -> None:
@@ -86,6 +89,7 @@ class _Job(NamedTuple):
         examples: the records.
         blind: those that the control blind chooses its boxes from; empty without it.
         processor: of the model.
+        asking: how the model is asked.
         limits: of decoding.
         asked: all that decides the results.
         out: folder of the results.
@@ -95,6 +99,7 @@ class _Job(NamedTuple):
     examples: list[Example]
     blind: list[Example]
     processor: Processor
+    asking: Asking
     limits: Limits
     asked: dict[str, Any]
     out: Path
@@ -103,7 +108,10 @@ class _Job(NamedTuple):
 def _check(config: EvalConfig, ranks: Ranks) -> _Job:
     """Everything that can be known before the first answer."""
     folder = _model_folder(config.model)
-    text = check_model(folder).text_config
+    model = check_model(folder)
+    text = model.text_config
+    named = {name: getattr(config, name) for name in _OF_ASKING}
+    asking = asking_for(folder, model.model_type, named, tell=ranks.is_first)
     stored_weights(folder)
     names = ", ".join(config.data)
     records = [example for part in load_folders(config.data) for example in part]
@@ -113,16 +121,16 @@ def _check(config: EvalConfig, ranks: Ranks) -> _Job:
         raise ValueError(f"{names}: want a record with a box in split {config.train_split!r} for the control blind")
     if "shuffled" in config.controls:
         questions(examples, "shuffled")  # of two patients or more
-    processor = load_processor(folder, config.min_pixels, config.max_pixels)
+    processor = load_processor(folder, asking.min_pixels, asking.max_pixels)
     shown = examples + (with_swapped_sides(examples) if "flipped" in config.controls else [])
-    P, told = longest_prompt(shown, processor, config.template)
-    if P + config.max_new_tokens > text.max_position_embeddings:
+    P, told = longest_prompt(shown, processor, asking.template)
+    if P + asking.max_new_tokens > text.max_position_embeddings:
         raise ValueError(
-            f"max_pixels, max_new_tokens: want a prompt and {config.max_new_tokens} new tokens within the model's "
+            f"max_pixels, max_new_tokens: want a prompt and {asking.max_new_tokens} new tokens within the model's "
             f"context of {text.max_position_embeddings} tokens; {told}"
         )
-    dtype = compute_dtype(ranks, config.precision)
-    limits = Limits(P, config.max_new_tokens, MAX_ROWS, config.cache_gb * 1e9, PREFILL_TOKENS)
+    dtype = compute_dtype(ranks, asking.precision)
+    limits = Limits(P, asking.max_new_tokens, MAX_ROWS, config.cache_gb * 1e9, PREFILL_TOKENS)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
     try:
         plan_cache(text, dtype, limits, prompts=1, copies=1)
@@ -130,10 +138,11 @@ def _check(config: EvalConfig, ranks: Ranks) -> _Job:
     except ValueError as error:  # whose options are a run's
         raise ValueError(f"{str(error).replace('rollout.', '').replace('data.', '')}; {told}") from None
     asked = {name: value for name, value in asdict(config).items() if name not in _NO_RESULT}
+    asked |= {name: getattr(asking, name) for name in _OF_ASKING}
     asked |= {"dtype": str(dtype).removeprefix("torch."), "device": ranks.device.type}
     asked |= {"model_sha256": weights_hash(folder), "data_sha256": folders_hash(config.data)}
     asked = json.loads(json.dumps(asked))
-    return _Job(folder, examples, blind, processor, limits, asked, Path(config.out or _named(config, asked)))
+    return _Job(folder, examples, blind, processor, asking, limits, asked, Path(config.out or _named(config, asked)))
 
 
 def _model_folder(path: str) -> Path:
@@ -186,11 +195,11 @@ def _answer(config: EvalConfig, job: _Job, ranks: Ranks) -> None:
     left = [share for share in _shares(config, job) if share.piece not in there]
     ranks.progress.now("load")
     if left:
-        policy = build_whole(job.folder, compute_dtype(ranks, config.precision), ranks)
+        policy = build_whole(job.folder, compute_dtype(ranks, job.asking.precision), ranks)
         engine = Engine(policy, job.processor.tokenizer, job.limits)
         count = sum(len(share.questions) for share in left[ranks.rank :: ranks.size])
         ranks.progress.now("evaluation", f"{len(job.examples)} records")
-        make = PromptMaker(config.data, job.processor, config.template)
+        make = PromptMaker(config.data, job.processor, job.asking.template)
         with (
             closing(Part(job.out, ranks.rank)) as part,
             closing(Loader(make, workers=config.workers, ahead=AHEAD)) as loader,
@@ -247,8 +256,6 @@ def _conclude(config: EvalConfig, job: _Job, ranks: Ranks) -> None:
     for name, predictions in found.items():
         write_rows(job.out / _file(name), (prediction.row() for prediction in predictions))
         results[name] = {"predictions": _file(name), **score(predictions)}
-        if config.samples > 1 and name not in CONSTANT:
-            results[name]["best_of_k"] = score(best_of(predictions))["metrics"]
     if "flipped" in found:
         results["flipped"] |= _agreement(found["true"], found["flipped"], job.examples)
     if job.blind:

@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from medground.asking import NAME, Asking, read_asking
+from medground.asking import Asking, asking_for
 from medground.datasets.images import picture_of, read_image
 from medground.datasets.volumes import Window, is_volume
 from medground.evaluate import read_answer
@@ -92,16 +91,7 @@ class Grounder:
         """
         folder = Path(folder)
         config = _config_of(folder)
-        known = read_asking(folder)
-        if known and known.family not in ("", config.model_type):
-            raise ValueError(f"{folder / NAME}: family: want {config.model_type}, of config.json; got {known.family!r}")
-        asking = replace(known or Asking(), **{name: value for name, value in changes.items() if value is not None})
-        if known is None:
-            print(
-                f"medground: {folder} has no {NAME}, which says how the model was asked in training; asking with "
-                f"template {asking.template}, {asking.min_pixels} to {asking.max_pixels} pixels",
-                file=sys.stderr,
-            )
+        asking = asking_for(folder, config.model_type, changes)
         processor = load_processor(folder, asking.min_pixels, asking.max_pixels)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype_on(device, asking.precision)

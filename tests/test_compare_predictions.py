@@ -1,4 +1,4 @@
-"""`medground compare`: differences, intervals that pair, files that do not belong together."""
+"""`medground eval compare`: differences, intervals that pair, files that do not belong together."""
 
 import json
 import random
@@ -69,16 +69,16 @@ def test_the_mean_of_several_answers_is_compared(files):
 
 def test_the_command_prints_a_table_or_json(files, capsys):
     a, b = files(some_rows(), moved(some_rows(), 3))
-    assert main(["compare", str(a), str(b), "--resamples", "20"]) == 0
+    assert main(["eval", "compare", str(a), str(b), "--resamples", "20"]) == 0
     text = capsys.readouterr().out
     assert text.startswith(f"A: {a}\nB: {b}\n12 records, 10 patients") and "B - A" in text
-    assert main(["compare", str(a), str(b), "--resamples", "20", "--json"]) == 0
+    assert main(["eval", "compare", str(a), str(b), "--resamples", "20", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == compare(a, b, 20)
 
 
 def test_ids_that_either_side_lacks_are_listed(files, capsys):
     a, b = files([row("both"), row("only a")], [row("both"), *(row(f"only b {i}") for i in range(30))])
-    assert main(["compare", str(a), str(b)]) == 2
+    assert main(["eval", "compare", str(a), str(b)]) == 2
     out = capsys.readouterr()
     assert out.out == "" and f"{b}: 1 ids are missing that {a} has: 'only a'" in out.err
     assert f"{a}: 30 ids are missing" in out.err and "'only b 19' and 10 more" in out.err

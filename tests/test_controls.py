@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from medground.controls import _other_images, agreement, best_of, constant_answers, questions
+from medground.controls import _other_images, agreement, constant_answers, questions
 from medground.datasets.manifest import load_records
 from medground.evaluate import predictions_of
 from medground.loading import PromptMaker, Question
@@ -103,12 +103,6 @@ def test_answers_without_a_model():
     assert [p.iou for p in whole] == [0.02, 0.25]
     assert [p.iou for p in centre] == [0.0, 1.0]
     assert centre[0].boxes == ((25.0, 12.5, 75.0, 37.5),)
-
-
-def test_the_best_of_a_records_samples():
-    records = constant_answers([example(0, "p"), example(1, "q")], "whole")
-    answers = [replace(p, sample=s, boxes=b) for p in records for s, b in enumerate([None, p.truth, p.truth])]
-    assert [(p.id, p.sample) for p in best_of(answers)] == [("0", 1), ("1", 1)]
 
 
 def test_nothing_is_read_of_what_is_blank(make: PromptMaker):

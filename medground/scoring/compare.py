@@ -1,4 +1,4 @@
-"""`medground compare`: how two files of predictions over the same records differ, with paired intervals.
+"""`medground eval compare`: how two files of predictions over the same records differ, with paired intervals.
 
 Both sides of a resample draw the same patients (bootstrap.py), so that what makes a patient hard for both cancels.
 """

@@ -96,6 +96,12 @@ def score_columns(columns: Columns, resamples: int = RESAMPLES, seed: int = 0, l
     return out
 
 
+def record_scores(predictions: Sequence[Prediction]) -> dict[str, Floats]:
+    """Each metric of each answer by itself: by its name, [answers], nan for those that it does not apply to."""
+    values = ratios(np.stack(_listed(counts_of(columns_of(predictions))), axis=1))
+    return {name: values[:, m] for m, name in enumerate(RATIOS)}
+
+
 def records_of(columns: Columns) -> Ints | None:
     """[N], number of the record of each answer, by first appearance; None where each record has one answer.
 

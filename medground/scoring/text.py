@@ -28,7 +28,7 @@ def render_scores(scores: Mapping[str, Any]) -> str:
 
 
 def render_comparison(found: Mapping[str, Any]) -> str:
-    """What `medground compare` prints, of the object that `--json` prints."""
+    """What `medground eval compare` prints, of the object that `--json` prints."""
     head = ["metric", "A", "B", "B - A", "95 % interval", "n of A", "n of B"]
     rows = [
         [
