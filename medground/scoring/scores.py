@@ -45,15 +45,6 @@ def score(predictions: Sequence[Prediction], resamples: int = RESAMPLES, seed: i
     return score_columns(columns_of(predictions), resamples, seed)
 
 
-def record_scores(predictions: Sequence[Prediction]) -> dict[str, Floats]:
-    """What each metric is the mean of: by its name, [records], nan for records that it does not apply to.
-
-    Precision, recall and F1 are no such means, but ratios of sums: theirs are those of the record alone.
-    """
-    found = ratios(np.stack(_listed(counts_of(columns_of(predictions))), axis=1))
-    return {name: found[:, m] for m, name in enumerate(RATIOS)}
-
-
 def score_columns(columns: Columns, resamples: int = RESAMPLES, seed: int = 0, legacy: bool = False) -> dict[str, Any]:
     """`score` of columns.
 
