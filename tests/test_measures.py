@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from slow_scoring import slow_metrics, slow_size, vlm_r1_iou
 
-from medground.scoring import Prediction, score
+from medground.scoring import Prediction, record_scores, score
 from medground.scoring.columns import columns_of, take
 from medground.scoring.overlap import overlap
 from medground.scoring.scores import score_columns
@@ -94,6 +94,15 @@ def test_sets_alone_and_their_sides_and_sizes():
 def test_sizes_begin_at_one_and_ten_per_cent(side, size):
     found = score([Prediction("a", "", 100, 100, "x", "c", "p", ((0.0, 0.0, side, side),), (), "", 0.0)], 1)
     assert list(found["by_size"]) == [size]
+
+
+def test_scores_of_each_record_are_those_of_the_record_alone():
+    rng = random.Random(5)
+    predictions = [random_prediction(rng) for _ in range(200)]
+    found = record_scores(predictions)
+    for i, p in enumerate(predictions):
+        for name, (value, _) in slow_metrics([p]).items():
+            assert found[name][i] == pytest.approx(NAN if value is None else value, nan_ok=True)
 
 
 def test_crowds_are_matched_greedily():
