@@ -10,7 +10,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -207,8 +206,12 @@ def to_original(box: Box, prompt: Prompt) -> Box:
     """A spoken box -> pixels of the image file, clipped to the image."""
     w, h = prompt.example.width, prompt.example.height
     sx, sy = spoken_size(prompt)
-    x1, y1, x2, y2 = np.clip(np.array(box), -1e6, 1e6) * [w / sx, h / sy, w / sx, h / sy]
-    return (min(max(x1, 0), w), min(max(y1, 0), h), min(max(x2, 0), w), min(max(y2, 0), h))
+    x1, y1, x2, y2 = box
+    return (_within(x1 * w / sx, w), _within(y1 * h / sy, h), _within(x2 * w / sx, w), _within(y2 * h / sy, h))
+
+
+def _within(value: float, side: int) -> float:
+    return float(min(max(value, 0), side))
 
 
 def to_spoken(box: Box, prompt: Prompt) -> Box:

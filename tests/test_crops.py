@@ -68,6 +68,8 @@ def test_more_crops_than_are_cut_at_once():
     for i in (0, CHUNK - 1, CHUNK, n - 1):
         torch.testing.assert_close(got[i : i + 1], crops_of(images, which[i : i + 1], regions[i : i + 1], 4))
     assert crops_of(images, which[:0], regions[:0], 4).shape == (0, 3, 4, 4)
+    many = crops_of(images[:1], torch.zeros(n, dtype=torch.int64), regions, 4)
+    torch.testing.assert_close(many[-1:], crops_of(images[:1], which[:1] * 0, regions[-1:], 4))
 
 
 def test_squares_keep_the_centre_and_the_longer_side():
@@ -81,6 +83,7 @@ def test_images_come_back_from_their_patches(phantoms: Path, base_folder: Path):
     pictures = [read_image(phantoms / record.image), Image.effect_noise((84, 112), 90).convert("RGB")]
     prompts = [make_prompt(record, picture, processor, "brief") for picture in pictures]
     got = images_of(prompts, "cpu")
+    assert torch.equal(images_of(prompts, "cpu", 1), got[:, :1])
     height, width = got.shape[2:]
     assert (width, height) == (max(p.processed_width for p in prompts), max(p.processed_height for p in prompts))
     for image, prompt, picture in zip(got, prompts, pictures, strict=True):

@@ -40,8 +40,8 @@ class PhantomEncoder(Encoder):
 
     def __init__(self, words: Sequence[str], device: torch.device | str) -> None:
         """A network of random weights."""
-        super().__init__([MEAN] * 3, [STD] * 3, device)
-        self.size, self.words = SIZE, list(words)
+        super().__init__([MEAN], [STD], device)
+        self.channels, self.size, self.words = 1, SIZE, list(words)
         self.network = _Network(len(words)).to(device, self.dtype)
         self._rows = {word: row for row, word in enumerate(self.words)}
 

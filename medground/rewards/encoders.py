@@ -38,13 +38,15 @@ class Encoder(ABC):
     Attributes:
         size: sides of the crops that it takes.
         scale: what the cosine is multiplied by before a softmax, as it was trained.
+        channels: of the crops that it takes: 3, or the first alone.
     """
 
+    channels: int = 3
     size: int
     scale: float
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device | str) -> None:
-        """Remember how pixels are scaled and where they go, three numbers of each."""
+        """Remember how pixels are scaled and where they go, a number for each channel."""
         self.device = torch.device(device)
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self._mean, self._std = (torch.tensor(list(v), device=device).view(1, -1, 1, 1) for v in (mean, std))
@@ -52,7 +54,7 @@ class Encoder(ABC):
 
     @abstractmethod
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """[n, 3, size, size] of scaled pixels, in `dtype` -> [n, D]."""
+        """[n, channels, size, size] of scaled pixels, in `dtype` -> [n, D]."""
 
     @abstractmethod
     def encode_texts(self, texts: list[str]) -> Tensor:
@@ -60,7 +62,7 @@ class Encoder(ABC):
 
     @torch.inference_mode()
     def images(self, crops: Tensor) -> Tensor:
-        """Unit vectors [n, D], float32, of crops [n, 3, size, size] in 0..1 on the device."""
+        """Unit vectors [n, D], float32, of crops [n, channels, size, size] in 0..1 on the device."""
         parts = [
             self.encode_images(((part - self._mean) / self._std).to(self.dtype)).float() for part in crops.split(BATCH)
         ]

@@ -93,7 +93,7 @@ def _scores(
     batch: Batch, boxes: list[Box], which: Tensor, encoder: Encoder, config: RewardConfig, prior: Prior
 ) -> Tensor:
     """[n], of n boxes in original pixels, within the images `which` [n]."""
-    images = images_of(batch.prompts, encoder.device)
+    images = images_of(batch.prompts, encoder.device, encoder.channels)
     sizes = torch.tensor([[*p, *o] for p, o in zip(batch.processed_sizes, batch.original_sizes, strict=True)])
     shown = sizes[:, :2].float()  # [B, 2], pixels that the model saw
     factor = (shown / sizes[:, 2:]).repeat(1, 2)  # [B, 4], original to processed
