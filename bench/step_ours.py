@@ -95,6 +95,7 @@ class OurSide:
         prompts = [asker.loader.make(Question(example)) for example in self.job.examples]
         clock.lap("data")
         asker.engine.roll_out = functools.partial(self._roll_out, lengths=length)
+        asker.whole.refresh()
         groups = train._roll_out(asker, prompts, self.steps)
         clock.lap("prefill", asker.engine.stats.prefill_seconds)
         clock.lap("decode")

@@ -267,6 +267,9 @@ class LossConfig:
     """Divide each reward by its own spread within the group before they are weighed and summed (GDPO)."""
     drop_zero_spread: bool = False
     """Leave groups whose completions all earned the same out of the update, KL term and all."""
+    resample_prompts: int = 0
+    """With drop_zero_spread: prompts that a step may ask beyond its own, over all ranks, one for each group without
+    spread, and again for those of them that have none."""
     mask_truncated: bool = False
     """Leave completions that were cut at the token limit out of the update; they still count in their group's mean."""
     loss_type: Literal["grpo", "dr_grpo", "dapo", "cispo", "sapo"] = "dapo"
@@ -299,6 +302,9 @@ class LossConfig:
     """Most tokens per forward pass and rank, a group's prompt counted once; changes memory, not the result."""
 
     def __post_init__(self) -> None:
+        spare = self.resample_prompts
+        _want(0 <= spare <= 1 << 20, "loss.resample_prompts", "0 to 2**20", spare)
+        _want(self.drop_zero_spread or not spare, "loss.resample_prompts", "0 without loss.drop_zero_spread", spare)
         try:
             self.options(temperature=1.0, max_completion_length=1)
         except ValueError as error:

@@ -35,6 +35,10 @@ class DataOrder:
         self._parts, self._seed = parts, seed
         self._shares = [weight / sum(exact[i:]) for i, weight in enumerate(exact)]
 
+    def __len__(self) -> int:
+        """How many records there are."""
+        return sum(map(len, self._parts))
+
     def __getitem__(self, position: int) -> Example:
         source, index = self._source(position)
         part = self._parts[source]

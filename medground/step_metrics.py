@@ -51,12 +51,11 @@ def step_totals(
         ranks: to add up over.
     """
     rollouts = [r for g in groups for r in g.rollouts]
-    spread = rewards.total.amax(1) > rewards.total.amin(1)
     mine = {
         "reward": rewards.total.double().sum().item(),
         **{f"reward_{name}": part.double().sum().item() for name, part in rewards.parts.items()},
         "iou": rewards.iou.double().sum().item(),
-        "zero_spread_groups": (~spread).sum().item() * len(rollouts) / len(groups),
+        "zero_spread_groups": (~rewards.spread).sum().item() * len(rollouts) / len(groups),
         "completion_length": float(sum(len(r.tokens) for r in rollouts)),
         "truncated": float(sum(not r.finished for r in rollouts)),
     }

@@ -33,8 +33,7 @@ def taking_part(groups: Sequence[Group], rewards: Rewards, config: LossConfig) -
     """
     kept = torch.ones(rewards.total.shape, dtype=torch.bool)
     if config.drop_zero_spread:
-        # by spread, not by mean: of rewards other than 0 and 1 a mean says nothing about what there is to learn
-        kept &= (rewards.total.amax(1) > rewards.total.amin(1))[:, None]
+        kept &= rewards.spread[:, None]
     if config.mask_truncated:
         kept &= torch.tensor([[rollout.finished for rollout in group.rollouts] for group in groups])
     return kept

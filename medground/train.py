@@ -13,8 +13,9 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from medground.build import Score, build_optimizer, build_policy, build_referenc
 from medground.checkpoint import Checkpoints
 from medground.config import Config
 from medground.costs import network_of, peak_of, sizes_of, step_operations
+from medground.data_order import DataOrder
 from medground.datasets.folders import manifest_hashes
 from medground.evaluate import Asker, read_answer
 from medground.export import export_policy
@@ -42,12 +44,13 @@ from medground.packing import Packed, pack
 from medground.policy import Policy
 from medground.preflight import check_job
 from medground.prompts import question_text
-from medground.records import Group, Prompt
+from medground.records import Answer, Group, Prompt
 from medground.report.page import write_report
+from medground.resampling import spare_questions
 from medground.reward_watch import RewardWatch, answer_metrics
-from medground.rewards.total import Scorer, group_means
+from medground.rewards.total import Rewards, Scorer, group_means
 from medground.rollout.cache import Sampling
-from medground.rollout.engine import Engine
+from medground.rollout.engine import Engine, RolloutStats
 from medground.run_folder import RunFolder, environment, restarted
 from medground.sharding import Ranks, WholeCopy, compute_dtype, join_ranks, reduce_gradients
 from medground.step_metrics import Clock, Totals, sample_rows, step_totals, update_statistics
@@ -110,7 +113,7 @@ def train(config: Config) -> None:
             scorer = Scorer(config.reward, config.prompt.template, limit, ranks.device, splits.train, encoder)
             _audit_rewards(scorer, make, splits, config, ranks, run)
             batches = prompts_of_steps(training, order, config, ranks, done)
-            if not _steps(asker, batches, reference, optimizer, scorer, splits, run, checkpoints, done, facts):
+            if not _steps(asker, batches, order, reference, optimizer, scorer, splits, run, checkpoints, done, facts):
                 return
             ranks.progress.now("export")
             asking = asking_of(config, policy.vlm.config.model_type)
@@ -125,6 +128,7 @@ def train(config: Config) -> None:
 def _steps(
     asker: Asker,
     batches: Iterator[list[Prompt]],
+    order: DataOrder,
     reference: Score | None,
     optimizer: torch.optim.Optimizer,
     scorer: Scorer,
@@ -155,12 +159,7 @@ def _steps(
             prompts = next(batches)
             clock.lap("data")
 
-            groups = _roll_out(asker, prompts, step)
-            clock.lap("prefill", asker.engine.stats.prefill_seconds)
-            clock.lap("decode")
-
-            answers = [[read_answer(r.text, g.prompt) for r in g.rollouts] for g in groups]
-            rewards = scorer(groups, answers)
+            groups, answers, rewards, rollout = _earn(asker, scorer, order, prompts, step, clock)
             advantages = advantages_of(rewards, config.loss)  # [B, G]
             in_update = taking_part(groups, rewards, config.loss)  # [B, G]
             clock.lap("reward")
@@ -168,7 +167,7 @@ def _steps(
             work = step_operations(
                 network, sizes_of(groups), scorings=_scorings(config), epochs=config.loss.inner_epochs
             )
-            totals = step_totals(groups, rewards, asker.engine.stats, work, ranks)
+            totals = step_totals(groups, rewards, rollout, work, ranks)
             trained = totals.of(groups, in_update, ranks)
             micro = _micro_batches(policy, groups, advantages, config, ranks, in_update)
             largest = max(micro, key=lambda batch: len(batch.packed.input_ids))
@@ -182,6 +181,8 @@ def _steps(
             of_answers = answer_metrics(groups, answers, rewards, ranks)
             metrics = {"step": step + 1} | totals.means | of_answers | updated | clock.seconds(totals)
             warning = rewards_watch.observe(totals.means["reward"], totals.means["iou"])
+            if config.loss.resample_prompts:
+                metrics["resampled_prompts"] = sum(ranks.gather(len(groups))) - config.rollout.prompts_per_step
             if scorer.threshold is not None:  # that this step was scored by
                 metrics["threshold"] = scorer.threshold
                 scorer.observe([pair for share in ranks.gather(group_means(rewards)) for pair in share])
@@ -247,6 +248,56 @@ class DivergedError(RuntimeError):
     """Gradients are not finite, again and again; raised on every rank."""
 
 
+class Earned(NamedTuple):
+    """Groups of this rank, what their completions say and earned, and how they were sampled."""
+
+    groups: list[Group]
+    answers: list[list[Answer]]
+    rewards: Rewards
+    rollout: RolloutStats
+
+
+def _earn(asker: Asker, scorer: Scorer, order: DataOrder, prompts: Sequence[Prompt], step: int, clock: Clock) -> Earned:
+    """Ask and score; with `loss.resample_prompts`, ask about others, too, where a group has no spread."""
+    config, ranks = asker.config, asker.ranks
+    left, B = config.loss.resample_prompts, config.rollout.prompts_per_step
+    spare = spare_questions(order, step, B, left)
+    asker.whole.refresh()
+    earned = newest = _ask(asker, scorer, prompts, step, clock)
+    assert earned, "every rank has prompts"
+    while left:
+        missing = int((~newest.rewards.spread).sum()) if newest else 0
+        questions = list(islice(spare, min(left, sum(ranks.gather(missing)))))  # the same on every rank
+        if not questions:
+            break
+        left -= len(questions)
+        with closing(asker.loader(questions[ranks.rank :: ranks.size])) as coming:
+            more = list(coming)
+        clock.lap("data")
+        newest = _ask(asker, scorer, more, step, clock)
+        if newest:
+            earned = Earned(
+                earned.groups + newest.groups,
+                earned.answers + newest.answers,
+                earned.rewards.and_of(newest.rewards),
+                earned.rollout.and_of(newest.rollout),
+            )
+    return earned
+
+
+def _ask(asker: Asker, scorer: Scorer, prompts: Sequence[Prompt], step: int, clock: Clock) -> Earned | None:
+    """What comes of some prompts; None where this rank has none, while others have."""
+    groups = _roll_out(asker, prompts, step)
+    clock.lap("prefill", asker.engine.stats.prefill_seconds)
+    clock.lap("decode")
+    if not groups:
+        return None
+    answers = [[read_answer(r.text, g.prompt) for r in g.rollouts] for g in groups]
+    rewards = scorer(groups, answers)
+    clock.lap("reward")
+    return Earned(groups, answers, rewards, asker.engine.stats)
+
+
 def _roll_out(asker: Asker, prompts: Sequence[Prompt], step: int) -> list[Group]:
     """The completions of this rank's prompts, in their order.
 
@@ -255,7 +306,6 @@ def _roll_out(asker: Asker, prompts: Sequence[Prompt], step: int) -> list[Group]
     """
     r, first = asker.config.rollout, asker.ranks.is_first
     asker.ranks.progress.now("rollout", f"step {step + 1}: {len(prompts)} prompts, {r.group_size} completions of each")
-    asker.whole.refresh()
     with tqdm(total=len(prompts) * r.group_size, desc="rollout", disable=not first, leave=False) as bar:
         found = asker.engine.roll_out(
             prompts,

@@ -72,6 +72,7 @@ IMPOSSIBLE = {
     "loss.sapo_temperature_neg": [-1.0, NAN],
     "loss.inner_epochs": [0],
     "loss.micro_batch_tokens": [0],
+    "loss.resample_prompts": [-1, 4, 1 << 21],
     "optimizer.lr": [0.0, -1e-6, NAN],
     "optimizer.final_lr_fraction": [-0.1, 1.1, NAN],
     "optimizer.warmup_steps": [-1],

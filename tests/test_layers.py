@@ -18,7 +18,7 @@ PROGRAMS = ("cli", "train", "demo", "plan", "__main__")
 
 WIRED = (
     "build", "evaluate", "preflight", "loading", "summary", "predict", "base_model", "base_answers", "audit",
-    "show_prompt", "encoder_tools", "controls", "evaluate_model",
+    "show_prompt", "encoder_tools", "resampling", "controls", "evaluate_model",
 )  # fmt: skip
 """Rooms that put stages together: they may import every stage and each other; a stage may not import them."""
 

@@ -36,7 +36,14 @@ def straight(tiny_job, phantoms: Path, tmp_path_factory):
         semantic_weight=1.0, encoder=f"phantom:{folder / 'encoder'}", length_weight=0.5, length_buffer=20,
         custom="boxes_wanted:one",
     )  # fmt: skip
-    loss = LossConfig(beta=0.05, micro_batch_tokens=1000, per_reward=True, drop_zero_spread=True, mask_truncated=True)
+    loss = LossConfig(
+        beta=0.05,
+        micro_batch_tokens=1000,
+        per_reward=True,
+        drop_zero_spread=True,
+        mask_truncated=True,
+        resample_prompts=3,
+    )
     config = dataclasses.replace(config, reward=reward, loss=loss)
     config = dataclasses.replace(
         config, rollout=dataclasses.replace(config.rollout, max_new_tokens=40, group_size=2, temperature=0.3)
@@ -119,4 +126,5 @@ def test_two_ranks_earn_and_learn_what_one_does(straight: Path, tmp_path: Path):
     done = torchrun(2, str(script))
     assert done.returncode == 0, done.stderr
     assert any(0 < row["zero_spread_groups"] < 1 for row in metrics(straight)), "a group was left out"
+    assert 1 in {row["resampled_prompts"] for row in metrics(straight)}, "one rank asks while the other has nothing to"
     assert differences(straight, tmp_path / "run", atol=1e-5) == []

@@ -39,6 +39,16 @@ class Rewards(NamedTuple):
     weights: dict[str, float]
     iou: Tensor
 
+    @property
+    def spread(self) -> Tensor:
+        """[B], whether the completions of a group earned different totals: by a mean, nobody could tell."""
+        return self.total.amax(1) > self.total.amin(1)
+
+    def and_of(self, more: "Rewards") -> "Rewards":
+        """These and those of further groups of the same step."""
+        parts = {name: torch.cat([part, more.parts[name]]) for name, part in self.parts.items()}
+        return Rewards(torch.cat([self.total, more.total]), parts, self.weights, torch.cat([self.iou, more.iou]))
+
     def stacked(self) -> tuple[Tensor, Tensor]:
         """The parts that weigh something, [B, G, K], and their weights [K]."""
         names = [name for name, weight in self.weights.items() if weight]

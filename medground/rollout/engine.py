@@ -12,7 +12,7 @@ import hashlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -95,6 +95,10 @@ class RolloutStats:
     new_tokens: int = 0
     steps: int = 0
     slots: int = 0
+
+    def and_of(self, more: RolloutStats) -> RolloutStats:
+        """Of this roll-out and one after it."""
+        return RolloutStats(*map(sum, zip(astuple(self), astuple(more), strict=True)))
 
 
 class Engine:
