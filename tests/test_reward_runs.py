@@ -121,6 +121,7 @@ def test_two_ranks_earn_and_learn_what_one_does(straight: Path, tmp_path: Path):
     script.write_text(
         f"import sys\nsys.path.insert(0, {str(straight.parent)!r})\n"
         "import medground.rewards.curriculum\nmedground.rewards.curriculum.MARGIN = 0.0\n"
+        "import medground.reward_watch as watch\nwatch.WINDOW, watch.BOUND = 2, -1e9\n"
         f"from medground.cli import main\nsys.exit(main(['train', '--config', {str(tmp_path / 'config.json')!r}]))\n"
     )
     done = torchrun(2, str(script))
@@ -128,3 +129,4 @@ def test_two_ranks_earn_and_learn_what_one_does(straight: Path, tmp_path: Path):
     assert any(0 < row["zero_spread_groups"] < 1 for row in metrics(straight)), "a group was left out"
     assert 1 in {row["resampled_prompts"] for row in metrics(straight)}, "one rank asks while the other has nothing to"
     assert differences(straight, tmp_path / "run", atol=1e-5) == []
+    assert (tmp_path / "run" / "warnings.jsonl").exists()
