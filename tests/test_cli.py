@@ -141,7 +141,7 @@ def test_verbs_hand_over_their_options(monkeypatch, tmp_path: Path):
     assert main(["train", "demo", "--steps", "9"]) == 0
     assert (seen[0].steps, seen[1].films, seen[2].steps) == (3, 700, 9)
     verbs = {"demo", "data phantom", "data prepare", "data audit", "base", "prompt", "train", "plan", "report"}
-    verbs |= {"eval", "eval compare", "predict", "watch", "score", "encoders check", "encoders build"}
+    verbs |= {"audit rewards", "eval", "eval compare", "predict", "watch", "score", "encoders check", "encoders build"}
     assert set(cli._COMMANDS) == verbs
 
 

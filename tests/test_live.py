@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from browser import CHROMIUM
 from made_up_run import HOSTILE, finish_run, start_run, write_lines
-from test_report import CHROMIUM, Page
+from test_report import Page
 
 from medground.cli import main
 from medground.report.live import LivePage, WatchConfig, serve
