@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from medground.audit.cheats import CHEATS, EMPTY, FAIR, HONEST, JITTERED, Case, 
 from medground.audit.earnings import earn, judge
 from medground.audit.rewards import RewardAuditConfig, audit_rewards, drawn, warnings_of
 from medground.cli import main
-from medground.config import RewardConfig
+from medground.config import CHAINED, RewardConfig, Template
 from medground.datasets.manifest import load_records, write_records
 from medground.evaluate import read_answer
 from medground.records import Example, Prompt
@@ -41,7 +42,7 @@ def said(asked, template="plain", fairs=0):
     return dict(zip(names, completions(case, policies, fairs), strict=True))
 
 
-@pytest.mark.parametrize("template", ["brief", "plain", "patient-side", "chain-of-box"])
+@pytest.mark.parametrize("template", get_args(Template))
 def test_completions_are_of_the_form_unless_they_are_about_breaking_it(template):
     for asked in (prompt(), prompt(boxes=())):
         for name, text in said(asked, template, 3).items():
@@ -49,7 +50,7 @@ def test_completions_are_of_the_form_unless_they_are_about_breaking_it(template)
                 assert name in ("mirror side", "both sides") and not asked.example.boxes
                 continue
             answer = parse_answer(text)
-            assert (answer.chained if template == "chain-of-box" else answer.well_formed) == (name not in BROKEN), name
+            assert (answer.chained if template in CHAINED else answer.well_formed) == (name not in BROKEN), name
             assert (answer.boxes is None) == (name in BROKEN), name
 
 

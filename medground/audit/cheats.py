@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from medground.answers import LARGEST, render_answer
-from medground.config import Template
+from medground.config import CHAINED, Template
 from medground.prompts import question_text, spoken_size, to_spoken
 from medground.records import Box, Example, Prompt
 from medground.scoring import side_word
@@ -59,7 +59,7 @@ class Case:
 
     def thought(self) -> str:
         """A thought of the template's form."""
-        if self.template != "chain-of-box":
+        if self.template not in CHAINED:
             return "The box is around it."
         width, height = self.size
         return f'I look at the image {{"bbox_2d": [0, 0, {width}, {height}], "label": "image"}}.'

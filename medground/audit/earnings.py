@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -94,7 +95,7 @@ def earn(
         examples += [prompt.example for prompt in chunk]
         boxes += [[answer.boxes for answer in row] for row in answers]
     names = tuple(policy.name for policy in policies)
-    return Earned(examples, boxes, torch.tensor(said), _joined(parts), names)
+    return Earned(examples, boxes, torch.tensor(said), reduce(Rewards.and_of, parts), names)
 
 
 def _chunks(prompts: Iterator[Prompt]) -> Iterator[list[Prompt]]:
@@ -113,15 +114,6 @@ def _group(prompt: Prompt, texts: list[str], tokens: Callable[[list[str]], list[
     nothing = torch.zeros(max(lengths, default=0))
     made = [Rollout(nothing[:n].long(), nothing[:n], text, True) for n, text in zip(lengths, texts, strict=True)]
     return Group(prompt, tuple(made))
-
-
-def _joined(parts: Sequence[Rewards]) -> Rewards:
-    return Rewards(
-        torch.cat([part.total for part in parts]),
-        {name: torch.cat([part.parts[name] for part in parts]) for name in parts[0].parts},
-        parts[0].weights,
-        torch.cat([part.iou for part in parts]),
-    )
 
 
 def judge(earned: Earned, *, per_reward: bool = False) -> dict[str, Any]:
