@@ -124,10 +124,18 @@ def test_all_crops_of_a_step_go_through_at_once_and_phrases_once(ask):
     encoder = Brightness()
     batch = ask(*[(example(), [(BRIGHT,), (DARK, BRIGHT)])] * 3)
     first = semantic_reward(batch, encoder, CONTRAST, PRIOR)
-    assert [len(part) for part in encoder.encoded] == [3 * 3 + 3, 3]  # with the whole images; three phrases
+    # two boxes of three completions each, once; the whole images; three phrases
+    assert [len(part) for part in encoder.encoded] == [3 * 2 + 3, 3]
     assert torch.equal(first, first[:1].expand(3, -1))
     semantic_reward(batch, encoder, CONTRAST, PRIOR)
     assert len(encoder.encoded) == 3
+
+
+@pytest.mark.parametrize("config", [COSINE, CONTRAST])
+def test_a_box_said_twice_earns_nothing_the_second_time(ask, config):
+    batch = ask((example(), [(BRIGHT,), (BRIGHT,) * 4, (BRIGHT, DARK), (BRIGHT, DARK, DARK)]))
+    once, four, two, again = semantic_reward(batch, Brightness(), config, PRIOR)[0].tolist()
+    assert four == pytest.approx(once / 4) and again == pytest.approx(two * 2 / 3)
 
 
 def test_the_prior_of_training_records():

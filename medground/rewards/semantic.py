@@ -12,8 +12,9 @@ large as boxes of its category are: low and high are the 5 % and 95 % quantiles 
 images. Other phrases are the commonest of each other category of the training records, the same on every rank and at
 every step.
 
-Of several boxes the reward is the mean. An answer without a box that has an area within the image earns 0, but for a
-phrase that the image does not show: there no box earns 1, any box 0.
+Of several boxes the reward is the mean; a box that stands in an answer twice earns nothing the second time. An answer
+without a box that has an area within the image earns 0, but for a phrase that the image does not show: there no box
+earns 1, any box 0.
 """
 
 from __future__ import annotations
@@ -73,19 +74,22 @@ def semantic_reward(batch: Batch, encoder: Encoder, config: RewardConfig, prior:
         [B, G], float32 in 0..1, on the CPU.
     """
     B, G = batch.shape
-    found = []
+    crops: dict[tuple[int, Box], int] = {}  # image and box -> number of the crop: completions of a group may agree
+    pairs: list[tuple[int, int]] = []  # completion, crop
+    count = torch.zeros(B * G)
     for b, (example, group) in enumerate(zip(batch.examples, batch.answers, strict=True)):
         for g, answer in enumerate(group if example.boxes else ()):
-            clipped = [_inside(box, example) for box in answer.boxes or ()]
-            found += [(b * G + g, box) for box in clipped if _area(box) > 0]
+            clipped = [box for box in (_inside(box, example) for box in answer.boxes or ()) if _area(box) > 0]
+            pairs += [(b * G + g, crops.setdefault((b, box), len(crops))) for box in dict.fromkeys(clipped)]
+            count[b * G + g] = len(clipped)
     empty = [[float(not e.boxes and a.boxes == ()) for a in group]
              for e, group in zip(batch.examples, batch.answers, strict=True)]  # fmt: skip
     rewards = torch.tensor(empty).flatten()
-    if found:
-        place = torch.tensor([at for at, _ in found])
-        scores = _scores(batch, [box for _, box in found], place // G, encoder, config, prior)
-        count = torch.zeros(B * G).index_add(0, place, torch.ones(len(found)))
-        rewards += torch.zeros(B * G).index_add(0, place, scores) / count.clamp(min=1)
+    if pairs:
+        which = torch.tensor([b for b, _ in crops])
+        scores = _scores(batch, [box for _, box in crops], which, encoder, config, prior)
+        place, crop = torch.tensor(pairs).unbind(1)
+        rewards += torch.zeros(B * G).index_add(0, place, scores[crop]) / count.clamp(min=1)
     return rewards.view(B, G)
 
 
