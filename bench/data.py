@@ -1,7 +1,7 @@
 """Data on CPUs: images a second of loading and of preparing, and what 100,000 records take.
 
     python -m bench.data                  all
-    python -m bench.data memory           a part: loading, preparing, memory
+    python -m bench.data memory           a part: loading, preparing, memory, stream
 
 Loading is measured by format of the image files and number of workers, in turns, beside a plain loop of PIL.open and
 the processor. Memory is the most that a process of its own held, beyond what it held before, and its seconds are its
@@ -25,7 +25,7 @@ from typing import NamedTuple
 from PIL import Image
 
 SIDE = 640  # of the films, as MedRPG's MS-CXR has it
-PARTS = ("loading", "preparing", "memory")
+PARTS = ("loading", "preparing", "memory", "stream")
 
 
 class Measured(NamedTuple):
@@ -150,6 +150,19 @@ def read_all(folder: Path) -> None:
     load_records(folder)
 
 
+def stream_half(folder: Path) -> None:
+    """Prompts of half of a large folder's records through the loader with two workers, one after another."""
+    from bench.random_model import SIZES, make_processor
+    from medground.datasets.manifest import load_records
+    from medground.loading import Loader, PromptMaker, Question
+
+    examples = load_records(folder)
+    make = PromptMaker((str(folder),), make_processor(512, SIZES["tiny"]), "plain")
+    with closing(Loader(make, workers=2, ahead=16)) as load:
+        count = sum(1 for _ in load(map(Question, examples[: len(examples) // 2])))
+    assert count == len(examples) // 2
+
+
 def audit_headers(folder: Path) -> None:
     """`medground data audit --headers-only`."""
     from medground.audit.audit import AuditConfig, audit_folder
@@ -224,7 +237,7 @@ def main() -> None:
         parser.error(f"parts: want some of {', '.join(PARTS)}; got {', '.join(sorted(unknown))}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        folders = draw(folder / "films", args.films) if set(parts) - {"memory"} else {}
+        folders = draw(folder / "films", args.films) if set(parts) - {"memory", "stream"} else {}
         if "loading" in parts:
             rates = loading(folders, args.workers, args.rounds, args.images)
             print(render_rates(f"loaded, {SIDE}x{SIDE}, images/s", rates), end="\n\n", flush=True)
@@ -236,6 +249,16 @@ def main() -> None:
             print("| records | what | CPU s | MB at the peak |\n|---:|---|---:|---:|", flush=True)
             for records, what, found in memory(folder, args.records):
                 print(f"| {records} | {what} | {found.seconds:.1f} | {found.megabytes:.0f} |", flush=True)
+
+        if "stream" in parts:
+            print(
+                "| records | load_records, MB | then half of them through two workers, MB |\n|---:|---:|---:|",
+                flush=True,
+            )
+            for records in (args.records // 10, args.records):
+                many = large(folder / "stream" / str(records), records)
+                read, streamed = apart(read_all, many), apart(stream_half, many)
+                print(f"| {records} | {read.megabytes:.0f} | {streamed.megabytes:.0f} |", flush=True)
 
 
 if __name__ == "__main__":
