@@ -53,7 +53,7 @@ def read_run(folder: Path, template: Template, step: int) -> Run:
     Of base models that is the fairer figure: what is likeliest first decides for a greedy answer which side it is on.
     """
     lines = (folder / f"eval/step-{step:06d}.predictions.jsonl").read_text().splitlines()
-    predictions = [_prediction(json.loads(line)) for line in lines]
+    predictions = [Prediction.of_row(json.loads(line)) for line in lines]
     said = [[parse_answer(prediction.completion)] for prediction in predictions]
     scores = record_scores(predictions) | {"format": format_reward(said, template)[:, 0].double().numpy()}
     summary = json.loads((folder / "summary.json").read_text())
@@ -66,13 +66,6 @@ def read_run(folder: Path, template: Template, step: int) -> Run:
         "blind": summary["miou_blind_baseline"],
     } | ({"seconds": summary["seconds_total"]} if step else {})
     return Run([p.id for p in predictions], [p.patient for p in predictions], scores, figures)
-
-
-def _prediction(row: dict[str, Any]) -> Prediction:
-    del row["iou"]
-    row["truth"] = tuple(map(tuple, row["truth"]))
-    row["boxes"] = None if row["boxes"] is None else tuple(map(tuple, row["boxes"]))
-    return Prediction(**row)
 
 
 def over_seeds(

@@ -8,13 +8,13 @@ phrase speaks of (`chest`, both, where it speaks of none or of two), each findin
 the answer.
 """
 
-import re
-
 import numpy as np
 
 from medground.answers import render_answer, render_box
+from medground.augmentation import mirror_box
 from medground.prompts import to_processed
 from medground.records import Box, Prompt
+from medground.scoring import side_word
 
 # a log of the official 7B model puts 55 of 87 one-sided phrases on the wrong side
 _MIRRORED = 0.55
@@ -50,9 +50,11 @@ def worsened(prompt: Prompt, rng: np.random.Generator) -> tuple[Box, ...]:
         return () if rng.random() < 0.7 else (_random_box(rng, prompt),)
     if rng.random() < 0.05:
         return ()
-    mirrored = _one_side(example.phrase) and rng.random() < _MIRRORED
+    mirrored = side_word(example.phrase) and rng.random() < _MIRRORED
     boxes = (to_processed(box, prompt) for box in example.boxes)
-    return tuple(sorted(_jittered(_mirrored(b, prompt) if mirrored else b, prompt, rng, 0.15) for b in boxes))
+    return tuple(
+        sorted(_jittered(mirror_box(b, prompt.processed_width) if mirrored else b, prompt, rng, 0.15) for b in boxes)
+    )
 
 
 def _zones(boxes: tuple[Box, ...], prompt: Prompt) -> str:
@@ -69,7 +71,7 @@ def _chain(
 ) -> str:
     """A thought that names the region, then the findings that are answered, each with its box."""
     left, right = (to_processed(box, prompt) for box in lungs)
-    side = _one_side(prompt.example.phrase)
+    side = side_word(prompt.example.phrase)
     if side:
         here, other = (left, right) if side == "left" else (right, left)
         # a model that has the sides wrong has them wrong from the first box on
@@ -85,12 +87,6 @@ def _chain(
     return " ".join(parts if boxes else [*parts, "not seen"])
 
 
-def _one_side(phrase: str) -> str:
-    """'left' or 'right' where the phrase has one of them, else ''."""
-    found = set(re.findall(r"\b(left|right)\b", phrase))
-    return found.pop() if len(found) == 1 else ""
-
-
 def _nearer(box: Box, a: Box, b: Box) -> bool:
     """Whether a box lies nearer to `a` than to `b`, across the image."""
     middle, of_a, of_b = ((x1 + x2) / 2 for x1, _, x2, _ in (box, a, b))
@@ -102,10 +98,6 @@ def _rough(box: Box, prompt: Prompt) -> Box:
     x1, y1, x2, y2 = (round(v) for v in box)
     down, up = (lambda v: v // _ROUGHLY * _ROUGHLY), (lambda v: -(-v // _ROUGHLY) * _ROUGHLY)
     return _clip((down(x1), down(y1), up(x2), up(y2)), prompt)
-
-
-def _mirrored(box: Box, prompt: Prompt) -> Box:
-    return prompt.processed_width - box[2], box[1], prompt.processed_width - box[0], box[3]
 
 
 def _jittered(box: Box, prompt: Prompt, rng: np.random.Generator, share: float) -> Box:

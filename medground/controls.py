@@ -48,25 +48,10 @@ def questions(examples: Sequence[Example], control: Asked) -> list[Question]:
 def constant_answers(examples: Sequence[Example], control: Constant) -> list[Prediction]:
     """The same fractions of every image."""
     low, high = {"whole": (0.0, 1.0), "centre": (0.25, 0.75)}[control]
-    found = []
-    for e in examples:
-        boxes = ((low * e.width, low * e.height, high * e.width, high * e.height),)
-        found.append(
-            Prediction(
-                e.id,
-                e.image,
-                e.width,
-                e.height,
-                e.phrase,
-                e.category,
-                e.patient,
-                e.boxes,
-                boxes,
-                completion="",
-                logp=0.0,
-            )
-        )
-    return found
+    return [
+        Prediction.without_model(e, ((low * e.width, low * e.height, high * e.width, high * e.height),))
+        for e in examples
+    ]
 
 
 def agreement(plain: Sequence[Prediction], flipped: Sequence[Prediction]) -> list[Prediction]:

@@ -27,7 +27,7 @@ from medground.controls import ASKED, CONSTANT, Asked, agreement, constant_answe
 from medground.datasets.folders import folders_hash, load_folders
 from medground.datasets.manifest import select
 from medground.eval_config import EvalConfig
-from medground.eval_folder import Part, Piece, Row
+from medground.eval_folder import Part, Piece
 from medground.eval_table import table
 from medground.evaluate import predictions_of
 from medground.job.memory import memory_explained
@@ -175,11 +175,15 @@ class _Share(NamedTuple):
     questions: Sequence[Question]
 
 
+def _evaluations(config: EvalConfig) -> list[Asked]:
+    """What the model is asked."""
+    return ["true", *(control for control in ASKED if control in config.controls)]
+
+
 def _shares(config: EvalConfig, job: _Job) -> list[_Share]:
     """All pieces, in the same order on every rank."""
     shares = []
-    names: list[Asked] = ["true", *(control for control in ASKED if control in config.controls)]
-    for name in names:
+    for name in _evaluations(config):
         asked = questions(job.examples, name)
         shares += [
             _Share(Piece(name, start // config.piece), asked[start : start + config.piece])
@@ -246,11 +250,11 @@ def _conclude(config: EvalConfig, job: _Job, ranks: Ranks) -> None:
     """Metrics of everything, and the files."""
     ranks.progress.now("scores")
     pieces = eval_folder.finished(job.out)
-    found = {}
-    for name in dict.fromkeys(share.piece.evaluation for share in _shares(config, job)):
-        numbers = sorted(piece.number for piece in pieces if piece.evaluation == name)
-        found[name] = [_prediction(row) for number in numbers for row in pieces[Piece(name, number)]]
-        assert len(found[name]) == config.samples * len(job.examples), (name, len(found[name]))
+    found: dict[str, list[Prediction]] = {}
+    for asked in _evaluations(config):
+        numbers = sorted(piece.number for piece in pieces if piece.evaluation == asked)
+        found[asked] = [Prediction.of_row(row) for number in numbers for row in pieces[Piece(asked, number)]]
+        assert len(found[asked]) == config.samples * len(job.examples), (asked, len(found[asked]))
     found |= {name: constant_answers(job.examples, name) for name in CONSTANT if name in config.controls}
     results: dict[str, Any] = {}
     for name, predictions in found.items():
@@ -274,15 +278,6 @@ def _agreement(plain: list[Prediction], flipped: list[Prediction], examples: lis
 
 def _file(evaluation: str) -> str:
     return "predictions.jsonl" if evaluation == "true" else f"predictions.{evaluation}.jsonl"
-
-
-def _prediction(row: Row) -> Prediction:
-    """What `Prediction.row` wrote."""
-    values = {name: value for name, value in row.items() if name != "iou"}
-    for name in ("truth", "boxes", "thought_boxes"):
-        if values.get(name) is not None:
-            values[name] = tuple(tuple(box) for box in values[name])
-    return Prediction(**values)
 
 
 def _show(config: EvalConfig, out: Path) -> None:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from medground.answers import LARGEST, render_answer
+from medground.augmentation import mirror_box
 from medground.config import CHAINED, Template
 from medground.prompts import question_text, spoken_size, to_spoken
 from medground.records import Box, Example, Prompt
@@ -104,7 +105,7 @@ def mirrored(example: Example) -> Boxes | None:
     one_sided = all(x1 >= middle for x1, _, _, _ in example.boxes) or all(x2 <= middle for _, _, x2, _ in example.boxes)
     if not example.boxes or not one_sided or not side_word(example.phrase):
         return None
-    return tuple((example.width - x2, y1, example.width - x1, y2) for x1, y1, x2, y2 in example.boxes)
+    return tuple(mirror_box(box, example.width) for box in example.boxes)
 
 
 def fair(case: Case) -> str:

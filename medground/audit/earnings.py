@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -83,7 +84,7 @@ def earn(
     policies = (*HONEST, *CHEATS)
     examples, boxes, parts = [], [], []
     said: list[list[bool]] = []
-    for chunk in _chunks(prompts):
+    while chunk := list(islice(prompts, CHUNK)):
         groups = []
         for prompt in chunk:
             case = Case(prompt, template, priors[len(said)], np.random.default_rng([seed, len(said)]))
@@ -96,17 +97,6 @@ def earn(
         boxes += [[answer.boxes for answer in row] for row in answers]
     names = tuple(policy.name for policy in policies)
     return Earned(examples, boxes, torch.tensor(said), reduce(Rewards.and_of, parts), names)
-
-
-def _chunks(prompts: Iterator[Prompt]) -> Iterator[list[Prompt]]:
-    chunk = []
-    for prompt in prompts:
-        chunk.append(prompt)
-        if len(chunk) == CHUNK:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
 
 
 def _group(prompt: Prompt, texts: list[str], tokens: Callable[[list[str]], list[int]] | None) -> Group:

@@ -197,8 +197,10 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _state_of(run: Path) -> str:
     """A name for the files that the page is made of, by their sizes and times."""
-    files = [run / name for name in ("config.json", "environment.json", "metrics.jsonl", "summary.json")]
-    files += sorted((run / "eval").glob("*.json*"))
+    files = [
+        run / name for name in ("config.json", "environment.json", "metrics.jsonl", "warnings.jsonl", "summary.json")
+    ]
+    files += [run / "audit" / "rewards.json", *sorted((run / "eval").glob("*.json*"))]
     digest = hashlib.sha256()
     for file in files:
         try:

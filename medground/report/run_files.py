@@ -82,12 +82,15 @@ def read_run(run: Path) -> RunFiles:
     files |= {"before_shuffled": whole.get((0, ".shuffled"))}
     found = {name: path for name, path in files.items() if path is not None}
     summary, audit = run / "summary.json", run / "audit" / "rewards.json"
+    config, environment = load_config(run / "config.json"), _json(run / "environment.json")
     return RunFiles(
-        config=load_config(run / "config.json"),
-        environment=_json(run / "environment.json"),
+        config=config,
+        environment=environment,
         metrics=[steps[step] for step in sorted(steps)],
         curve=[_json(path) for path in curve],
-        evaluations=_asked_later(run) | _baselines(run) | {name: _json(path) for name, path in found.items()},
+        evaluations=_asked_later(run, config, environment)
+        | _baselines(run)
+        | {name: _json(path) for name, path in found.items()},
         films=_films(*(_predictions(found.get(name)) for name in ("before", "after"))),
         summary=_json(summary) if summary.exists() else None,
         warnings=_lines(run / "warnings.jsonl"),
@@ -121,21 +124,24 @@ def _baselines(run: Path) -> dict[str, Row]:
     return _json(path) if path.exists() else {}
 
 
-def _asked_later(run: Path) -> dict[str, Row]:
+def _asked_later(run: Path, config: Config, environment: Row) -> dict[str, Row]:
     """Controls of the run's export, asked greedily about its own test records (docs/evaluating.md)."""
     found: dict[str, Row] = {}
     paths = sorted((run / "eval").glob("*/eval.json")) if (run / "export" / "config.json").is_file() else []
-    for path in paths:
-        from medground.weight_files import weights_hash  # and torch, which a page seldom needs
+    if not paths:
+        return found
+    from medground.weight_files import weights_hash  # and torch, which a page seldom needs
 
-        options, asked = (_json(path).get(part, {}) for part in ("options", "evaluations"))
-        wanted = {
-            "split": load_config(run / "config.json").data.test_split,
-            "data_sha256": _json(run / "environment.json").get("data_sha256"),
-            "model_sha256": weights_hash(run / "export"),
-            "samples": 1,
-            "temperature": 0,
-        }
+    wanted = {
+        "split": config.data.test_split,
+        "data_sha256": environment.get("data_sha256"),
+        "model_sha256": weights_hash(run / "export"),
+        "samples": 1,
+        "temperature": 0,
+    }
+    for path in paths:
+        result = _json(path)
+        options, asked = (result.get(part, {}) for part in ("options", "evaluations"))
         if all(options.get(name) == value for name, value in wanted.items()):
             found |= {f"after_{name}": asked[name] for name in ("blank", "flipped") if name in asked}
             found |= {name: asked[name] for name in ("blind", "whole", "centre") if name in asked}

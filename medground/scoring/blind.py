@@ -32,12 +32,9 @@ def blind_baseline(train: Sequence[Example], test: Sequence[Example]) -> dict[st
         ValueError: no training record has a box, or test is empty.
     """
     predictions = [
-        Prediction(
-            example.id, example.image, example.width, example.height, example.phrase, example.category,
-            example.patient, example.boxes, boxes, "", 0.0,
-        )
+        Prediction.without_model(example, boxes)
         for example, boxes in zip(test, blind_answers(train, test), strict=True)
-    ]  # fmt: skip
+    ]
     return score(predictions)
 
 

@@ -1,11 +1,12 @@
 """One record and what a model answered; the side that a phrase names."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from medground.records import Box
+from medground.records import Box, Example
 from medground.set_iou import set_iou
 
 
@@ -31,6 +32,23 @@ class Prediction:
     logp: float
     thought_boxes: tuple[Box, ...] = ()
     sample: int | None = None
+
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any]) -> "Prediction":
+        """What `row` wrote, as JSON gives it back; it is believed (`reading.py` checks files of others)."""
+        values = {name: value for name, value in row.items() if name != "iou"}
+        for name in ("truth", "boxes", "thought_boxes"):
+            if values.get(name) is not None:
+                values[name] = tuple(map(tuple, values[name]))
+        return cls(**values)
+
+    @classmethod
+    def without_model(cls, example: Example, boxes: tuple[Box, ...]) -> "Prediction":
+        """An answer to a record that no model gave: no text, and certain."""
+        e = example
+        return cls(
+            e.id, e.image, e.width, e.height, e.phrase, e.category, e.patient, e.boxes, boxes, completion="", logp=0.0
+        )
 
     @cached_property
     def iou(self) -> float:
